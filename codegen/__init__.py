@@ -1,0 +1,1 @@
+"""How a rewritten graph becomes machine code. The only package that imports tvm."""
