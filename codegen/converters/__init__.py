@@ -1,0 +1,1 @@
+"""Own importers of ATen operators into Relax, one file per family."""

@@ -1,0 +1,1 @@
+"""TE definitions of the kernels; block names tell the schedule rules what they see."""

@@ -1,0 +1,1 @@
+"""One schedule rule per file, each with `RULE = Rule(...)`; found by discovery."""

@@ -1,0 +1,29 @@
+"""The doors: rewrite, compile, load, tune. Everything is imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_DOORS = {
+    "rewrite": "rewriter.api",
+    "compile": "rewriter.api",
+    "load": "rewriter.api",
+    "tune": "rewriter.api",
+    "Result": "rewriter.api",
+    "Plan": "passes.plan",
+    "RewriteReport": "rewriter.report",
+    "Artifact": "codegen.runtime",
+    "Target": "codegen.target",
+    "TuningSession": "rewriter.session",
+}
+
+__all__ = ["__version__", *_DOORS]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DOORS:
+        raise AttributeError(f"module 'rewriter' has no attribute {name!r}")
+    return getattr(importlib.import_module(_DOORS[name]), name)
