@@ -20,7 +20,7 @@ _DOORS = {
     "TuningSession": "rewriter.session",
 }
 
-__all__ = ["__version__", *_DOORS]  # noqa: PLE0604
+__all__ = ["__version__", *_DOORS]
 
 
 def __getattr__(name: str) -> Any:
