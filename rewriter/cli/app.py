@@ -1,0 +1,99 @@
+"""The typer application: discovers the verbs and turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+from typing import Any
+
+import typer
+
+from passes.errors import RewriterError
+from rewriter.cli.output import errors
+
+# In the order of `rewriter --help`; each module has a function `verb`.
+VERBS = (
+    "sites", "explain", "forms", "targets", "models", "rewrite", "fit", "compile", "tune",
+    "run", "verify", "bench", "report", "doctor", "demo",
+)  # fmt: skip
+
+EPILOG = (
+    "MODEL is a local Hugging Face folder, a hub id, a .pt2 file, package.module:factory, or a "
+    "name listed by `rewriter models`. Add --debug to any command for tracebacks."
+)
+
+
+def build_app() -> typer.Typer:
+    """The application with every verb."""
+    app = typer.Typer(
+        help="Rewrite the attention of trained PyTorch models and compile the result with TVM.",
+        epilog=EPILOG,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+    for name in VERBS:
+        verb = importlib.import_module(f"rewriter.cli.{name}_verb").verb
+        app.command(name, no_args_is_help=name not in _NO_ARGUMENTS)(verb)
+    return app
+
+
+_NO_ARGUMENTS = {"forms", "targets", "models", "doctor", "demo"}
+
+
+def guarded(app: typer.Typer, argv: list[str], debug: bool) -> int:
+    """Run `app`; a user's mistake becomes one line on stderr and an exit code."""
+    if not debug:
+        _quiet()
+    try:
+        return _invoke(app, argv)
+    except KeyboardInterrupt as stop:
+        if debug:
+            raise
+        errors.print(f"interrupted. {stop}".strip(), style="yellow", markup=False, highlight=False)
+        return 130
+    except RewriterError as error:
+        if debug:
+            raise
+        _say(str(error))
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        _say(f"{type(error).__name__}: {error} (unexpected: run again with --debug and report it)")
+        return 1
+
+
+def _say(message: str) -> None:
+    errors.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _invoke(app: typer.Typer, argv: list[str]) -> int:
+    import click
+
+    command: Any = typer.main.get_command(app)
+    try:
+        code = command.main(args=argv, prog_name="rewriter", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        return int(done.exit_code)
+    except click.Abort as stop:
+        raise KeyboardInterrupt from stop
+    except click.ClickException as wrong:
+        wrong.show()
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+def _quiet() -> None:
+    """Libraries' warnings are for their developers; our own notes are in the report."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torch", "transformers", "torch.export", "torch.onnx"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,98 @@
+"""`rewriter compile`: a model in, one verified artifact out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from passes.errors import UsageError
+from rewriter.cli import options as o
+from rewriter.cli.output import console, print_json
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="The artifact to write (.rwa).")]
+Seconds = Annotated[float, typer.Option("--fit", help="Seconds of label-free fitting first.")]
+Session = Annotated[
+    Path | None, typer.Option("--session", help="Apply the records of a tuning session.")
+]
+Unscheduled = Annotated[
+    bool, typer.Option("--allow-unscheduled", help="Let kernels without a schedule through (slow).")
+]
+
+
+def verb(
+    model: o.Model,
+    output: Output,
+    form: o.Form = None,
+    plan: o.PlanFile = None,
+    rule: o.Rules = None,
+    setting: o.Config = None,
+    source: o.Source = None,
+    fit: Seconds = 0.0,
+    data: o.Data = None,
+    max_drop: o.MaxDrop = None,
+    target: o.Target = "cpu",
+    session: Session = None,
+    allow_unscheduled: Unscheduled = False,
+    allow_none: o.AllowNone = False,
+    tokens: o.Tokens = None,
+    batch: o.Batch = 1,
+    image: o.Image = None,
+    attn: o.Attn = "sdpa",
+    threads: o.Threads = None,
+    html: o.Html = None,
+    json: o.Json = False,
+) -> None:
+    """Compile MODEL for a target into one file, verified against the model it came from.
+
+    Without --form, --plan, --rule or --from every attention stays exact.
+
+    Example: rewriter compile minilm --form hedgehog --fit 240 --tokens 128 -o minilm.rwa
+    """
+    from codegen.target import target_named
+    from rewriter.api import check_writable
+    from rewriter.api import compile as compile_artifact
+    from rewriter.cli.work import any_plan, fit_model, from_folder, progress_bar, rewrite_model
+
+    check_writable(output)
+    made_for = target_named(target)
+    if source is not None and any_plan(form, plan, rule):
+        raise UsageError("give --from or a form, plan or rule, not both")
+    loaded = o.open_model(model, tokens, batch, image, attn)
+    if source is not None:
+        result = from_folder(loaded, source)
+    elif fit:
+        state = output.with_name(output.name + ".fit")
+        result = fit_model(
+            loaded,
+            form,
+            plan,
+            rule,
+            setting,
+            seconds=fit,
+            data=data,
+            max_drop=max_drop,
+            state=state,
+        )
+    else:
+        default = None if any_plan(form, plan, rule) else "exact"
+        result = rewrite_model(loaded, form or default, plan, rule, setting, allow_none=allow_none)
+    with progress_bar("compile") as progress:
+        artifact = compile_artifact(
+            result,
+            path=output,
+            target=made_for,
+            session=session,
+            allow_unscheduled=allow_unscheduled,
+            threads=threads,
+            progress=progress,
+        )
+    if html is not None:
+        result.report.save_html(html)
+    if json:
+        print_json(artifact.report)
+        return
+    console.print(result.report.table())
+    console.print(result.report.summary(), markup=False)
+    console.print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)", markup=False)

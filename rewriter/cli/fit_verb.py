@@ -1,0 +1,64 @@
+"""`rewriter fit`: substitute, then fit what was put in to what was taken out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rewriter.cli import options as o
+from rewriter.cli.output import console, print_json
+
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder for plan, weights and report.")
+]
+Seconds = Annotated[float, typer.Option("--seconds", help="Time budget of the fit.")]
+State = Annotated[
+    Path | None, typer.Option("--state", help="Folder a killed fit goes on from (default: -o's).")
+]
+
+
+def verb(
+    model: o.Model,
+    output: Output,
+    seconds: Seconds = 240.0,
+    form: o.Form = None,
+    plan: o.PlanFile = None,
+    rule: o.Rules = None,
+    setting: o.Config = None,
+    data: o.Data = None,
+    max_drop: o.MaxDrop = None,
+    state: State = None,
+    tokens: o.Tokens = None,
+    batch: o.Batch = 1,
+    image: o.Image = None,
+    attn: o.Attn = "sdpa",
+    json: o.Json = False,
+) -> None:
+    """Substitute and fit, without labels, within a time budget; resumes after a kill.
+
+    Example: rewriter fit minilm --form hedgehog --seconds 240 -o fitted/
+    """
+    from rewriter.cli.work import fit_model
+    from rewriter.folder import save_rewritten
+
+    loaded = o.open_model(model, tokens, batch, image, attn)
+    state = state or output.with_name(output.name + ".state")
+    result = fit_model(
+        loaded,
+        form,
+        plan,
+        rule,
+        setting,
+        seconds=seconds,
+        data=data,
+        max_drop=max_drop,
+        state=state,
+    )
+    save_rewritten(result, output)
+    if json:
+        print_json(result.report.to_json())
+        return
+    console.print(result.report.table())
+    console.print(result.report.summary(), markup=False)
