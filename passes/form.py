@@ -18,16 +18,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from passes.errors import UnknownName, UsageError
 from passes.opcount import OpCount
-from passes.site import AttentionSite
+from passes.site import AttentionSite, Dims, Mask
 
 if TYPE_CHECKING:
     import torch
 
-    Params = Mapping[str, torch.Tensor]
+Params: TypeAlias = Mapping[str, "torch.Tensor"]
 
 
 class Reason(StrEnum):
@@ -154,6 +154,12 @@ class Form(ABC):
         """Initial trainable parameters, by name, float32; {} for a form without any."""
         return {}
 
+    def param_names(self) -> tuple[str, ...]:
+        """Names of the parameters, sorted: the order in which a sealed graph passes them."""
+        dims = Dims(B=1, H=1, G=1, T=64, S=64, D=64, E=64)
+        site = AttentionSite("any", "any", dims, "float32", 0.125, Mask())
+        return tuple(sorted(self.init_params(site)))
+
     @abstractmethod
     def attend(
         self,
@@ -229,9 +235,13 @@ def _register(form: type[Form]) -> None:
 def forms() -> dict[str, type[Form]]:
     """All forms by name: the files of passes/forms/ and the entry points, sorted by name."""
     if not _CACHE:
-        _load_builtin()
-        for entry in importlib.metadata.entry_points(group="attention_rewriter.forms"):
-            _register(entry.load())
+        try:
+            _load_builtin()
+            for entry in importlib.metadata.entry_points(group="attention_rewriter.forms"):
+                _register(entry.load())
+        except BaseException:
+            _CACHE.clear()  # or the next call would pass over what went wrong
+            raise
     return dict(sorted(_CACHE.items()))
 
 

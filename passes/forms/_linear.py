@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from passes.form import FormSpec, Reason, Verdict, YES, no
+from passes.form import YES, FormSpec, Reason, Verdict, no
 from passes.opcount import OpCount
 from passes.site import AttentionSite
 
@@ -157,16 +157,21 @@ def _chunked(
     size = min(CHUNK, max(tokens, 1))
     chunks = -(-tokens // size)
     pad = (0, 0, 0, chunks * size - tokens)
-    fq = F.pad(fq, pad).unflatten(3, (chunks, size))  # [B, G, H/G, N, C, R]
-    fk = F.pad(fk, pad).unflatten(2, (chunks, size))  # [B, G, N, C, R]
+    fq = _split(F.pad(fq, pad), chunks)  # [B, G, H/G, N, C, R]
+    fk = _split(F.pad(fk, pad), chunks)  # [B, G, N, C, R]
     ones = F.pad(torch.ones_like(v[..., :1]), pad)
-    v = torch.cat([F.pad(v, pad), ones], -1).unflatten(2, (chunks, size))  # denominator rides along
+    v = _split(torch.cat([F.pad(v, pad), ones], -1), chunks)  # the denominator rides along
     old = old_fk.transpose(-1, -2) @ F.pad(old_v, (0, 1), value=1.0)  # [B, G, R, E + 1]
     sums = fk.transpose(-1, -2) @ v  # [B, G, N, R, E + 1]
     before = torch.cat([old[:, :, None], sums[:, :, :-1]], 2).cumsum(2)[:, :, None]
     inside = (fq @ fk.transpose(-1, -2)[:, :, None]).tril() @ v[:, :, None]
     both = (inside + fq @ before).flatten(3, 4)[:, :, :, :tokens]
     return both[..., :-1] / both[..., -1:].clamp_min(eps)
+
+
+def _split(x: torch.Tensor, chunks: int) -> torch.Tensor:
+    """[..., N * C, R] -> [..., N, C, R]."""
+    return x.reshape(*x.shape[:-2], chunks, -1, x.shape[-1])
 
 
 # Closed counts. All sizes are ints; `site` must have static dims.

@@ -1,0 +1,120 @@
+"""hedgehog: linear attention with a learned softmax feature map (Zhang et al. 2024)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from passes.form import Form, FormSpec, Paper, Params, Verdict
+from passes.forms._linear import (
+    accumulate_dtype,
+    linear_attention,
+    linear_attention_ops,
+    linear_verdict,
+    linear_weights,
+    project_ops,
+    sizes,
+    softmax_pair_ops,
+)
+from passes.opcount import OpCount
+from passes.site import AttentionSite
+
+EPS = 1e-12  # the features are normalised, so their product can be honestly small
+
+
+class Hedgehog(Form):
+    """phi(x) = [softmax(y), softmax(-y)] with y = sqrt(scale) x W, W learned per head.
+
+    `w_q` [H, D, D] and `w_k` [G, D, D] start as identities; query heads of one key/value group
+    share the group's key map, so the state stays one per group. Dropout on attention weights has
+    no counterpart and is ignored.
+    """
+
+    name = "hedgehog"
+    family = "kernelised"
+    paper = Paper(
+        "Zhang, Bhatia, Kumbong, Re",
+        "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry",
+        2024,
+        "https://arxiv.org/abs/2402.04347",
+    )
+    formula = "phi(q) (phi(k)^T v) / phi(q) sum(phi(k)),  phi(x) = [softmax(x W), softmax(-x W)]"
+    trainable = True
+    needs = "short fit"
+
+    def applies(self, site: AttentionSite) -> Verdict:
+        """Causal and padding masks; no bias, no window, no mask tensor."""
+        return linear_verdict(site, self.name)
+
+    def init_params(self, site: AttentionSite) -> dict[str, torch.Tensor]:
+        """`w_q` [H, D, D], `w_k` [G, D, D], identities."""
+        d = site.dims
+        eye = torch.eye(d.D)
+        return {"w_q": eye.repeat(d.H, 1, 1), "w_k": eye.repeat(d.G, 1, 1)}
+
+    def attend(
+        self,
+        spec: FormSpec,
+        params: Params,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Linear attention [B, H, T, E]."""
+        fq, fk = _phi(q, params["w_q"], spec), _phi(k, params["w_k"], spec)
+        return linear_attention(fq, fk, v, key_mask=key_mask, causal=spec.causal, eps=EPS)
+
+    def weights(
+        self,
+        spec: FormSpec,
+        params: Params,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_mask: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Weights [B, H, T, S]."""
+        fq, fk = _phi(q, params["w_q"], spec), _phi(k, params["w_k"], spec)
+        return linear_weights(fq, fk, spec, key_mask, EPS).to(q.dtype)
+
+    def ops(self, site: AttentionSite) -> OpCount:
+        """Projections and softmax pairs of q and k, then linear attention with 2 D features."""
+        b, h, g, t, s, d, _ = sizes(site)
+        scaled = _root(site.scale) != 1.0
+        total = linear_attention_ops(site, 2 * d)
+        for rows, heads in ((b * h * t, h), (b * g * s, g)):
+            total += project_ops(rows, heads, d, d, scaled=scaled, site=site)
+            total += softmax_pair_ops(rows, d, site)
+        return total
+
+    def kernel(
+        self,
+        kit: Any,
+        spec: FormSpec,
+        params: Mapping[str, Any],
+        q: Any,
+        k: Any,
+        v: Any,
+        key_mask: Any = None,
+        bias: Any = None,
+    ) -> Any:
+        """Project, softmax pair, sums."""
+        root = _root(spec.scale)
+        fq = kit.softmax_pair(kit.project(q, params["w_q"], scale=root))
+        fk = kit.softmax_pair(kit.project(k, params["w_k"], scale=root))
+        return kit.linear_attention(fq, fk, v, key_mask=key_mask, causal=spec.causal, eps=EPS)
+
+
+def _root(scale: float) -> float:
+    return math.sqrt(abs(scale))
+
+
+def _phi(x: torch.Tensor, w: torch.Tensor, spec: FormSpec) -> torch.Tensor:
+    wide = accumulate_dtype(x.dtype)
+    y = (x.to(wide) @ w.to(wide)) * _root(spec.scale)
+    return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1)
