@@ -1,0 +1,202 @@
+"""Rewrites matrix products and convolutions into kernels with packed weights.
+
+Weights that are constants are packed now, in numpy. A constant that anything else reads too (tied
+embeddings) is left as it is and packed panel by panel inside the kernel, so it is stored once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tvm import relax
+from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
+
+from codegen.kernels import conv, dense
+from codegen.legalize import as_constant, dtype_of
+from codegen.target import Target
+
+# FuseOps: out-elementwise-fusable, i.e. what follows elementwise may join.
+_FUSABLE = {"op_pattern": 4}
+
+
+def prepack(mod: Any, target: Target) -> Any:
+    """`mod` with every float32 matmul and conv2d of "main" replaced by a packed kernel."""
+    uses = _ConstantUses()
+    uses.visit_expr(mod["main"])
+    rewriter = _Prepack(mod, target, uses)
+    main = rewriter.visit_expr(mod["main"])
+    rewriter.builder_.update_func(mod.get_global_var("main"), main)
+    return relax.transform.DeadCodeElimination()(rewriter.builder_.get())
+
+
+def _shape(value: Any) -> list[int]:
+    return [int(d) for d in value.ty.shape]
+
+
+@visitor
+class _ConstantUses(PyExprVisitor):  # type: ignore[misc]
+    """Which constants are read by something else than the right side of a product."""
+
+    def __init__(self) -> None:
+        self.definitions: dict[Any, Any] = {}
+        self.elsewhere: set[int] = set()
+        self._products: dict[int, Any] = {}
+
+    def visit_var_binding_(self, binding: Any) -> None:
+        self.definitions[binding.var] = binding.value
+        self.visit_expr(binding.value)
+
+    def visit_call_(self, op: Any) -> None:
+        name = getattr(op.op, "name", "")
+        if name == "relax.permute_dims" and isinstance(op.args[0], relax.Constant):
+            return
+        for at, arg in enumerate(op.args):
+            if isinstance(arg, relax.Constant) and not (name == "relax.matmul" and at == 1):
+                self.elsewhere.add(_identity(arg))
+            elif not isinstance(arg, relax.Constant):
+                self.visit_expr(arg)
+
+
+def _identity(constant: Any) -> int:
+    """Equal for constants that share their data (a tied weight is bound twice)."""
+    return int(np.from_dlpack(constant.value).ctypes.data)
+
+
+@mutator
+class _Prepack(PyExprMutator):  # type: ignore[misc]
+    def __init__(self, mod: Any, target: Target, uses: _ConstantUses) -> None:
+        super().__init__(mod)
+        self.target, self.uses = target, uses
+
+    def visit_call_(self, call: Any) -> Any:
+        call = self.visit_expr_post_order(call)
+        name = getattr(call.op, "name", "")
+        made = None
+        if name == "relax.matmul":
+            made = self._matmul(call)
+        elif name == "relax.nn.conv2d":
+            made = self._conv2d(call)
+        return call if made is None else made
+
+    # matrix products
+
+    def _matmul(self, call: Any) -> Any | None:
+        x, y = call.args
+        if not (dtype_of(x) == dtype_of(y) == "float32") or min(x.ty.ndim, y.ty.ndim) < 2:
+            return None
+        weight, shared = self._weight(y)
+        if weight is None:
+            return self._batch(x, y)
+        shape = _shape(x)
+        flat = self._rows(x)
+        if shared is not None:
+            result = self._te(
+                lambda a, w: dense.dense_unpacked(a, w, self.target), flat, shared, name="dense"
+            )
+        else:
+            result = self._dense(flat, weight)
+        return self._reshaped(result, [*shape[:-1], weight.shape[0]])
+
+    def _batch(self, x: Any, y: Any) -> Any:
+        return self._te(
+            lambda a, b: dense.batch_matmul(a, b, self.target), x, y, name="batch_matmul"
+        )
+
+    def _dense(self, x: Any, weight: Any) -> Any:
+        packed = relax.const(dense.pack(weight, dense.panel_width(self.target)))
+        columns = int(weight.shape[0])
+        return self._te(
+            lambda a, w: dense.dense(a, w, columns, self.target), x, packed, name="dense"
+        )
+
+    def _weight(self, y: Any) -> tuple[Any | None, Any | None]:
+        """(array [N, K], the constant itself if it must stay as it is), or (None, None)."""
+        value = self._definition(y)
+        if isinstance(value, relax.Constant) and value.ty.ndim == 2:
+            return np.ascontiguousarray(value.value.numpy().T), None
+        if getattr(getattr(value, "op", None), "name", "") != "relax.permute_dims":
+            return None, None
+        source = self._definition(value.args[0])
+        if not isinstance(source, relax.Constant) or source.ty.ndim != 2:
+            return None, None
+        shared = _identity(source) in self.uses.elsewhere
+        return source.value.numpy(), source if shared else None
+
+    def _definition(self, value: Any) -> Any:
+        if isinstance(value, relax.Var):
+            return self.uses.definitions.get(value) or self.lookup_binding(value) or value
+        return value
+
+    def _rows(self, x: Any) -> Any:
+        """x as [T, K] or [B, T, K] with T > 1: leading axes that do not matter are joined."""
+        *lead, rows, depth = _shape(x)
+        if not lead or (len(lead) == 1 and (lead[0] == 1 or rows > 1)):
+            return x
+        count = int(np.prod(lead))
+        shape = [count * rows, depth] if rows == 1 else [count, rows, depth]
+        return self._reshaped(x, shape)
+
+    def _reshaped(self, x: Any, shape: list[int]) -> Any:
+        if _shape(x) == list(shape):
+            return x
+        return self.builder_.emit(relax.op.reshape(x, shape))
+
+    def _te(self, define: Any, *args: Any, name: str) -> Any:
+        return self.builder_.emit_te(
+            define, *args, primfunc_name_hint=name, primfunc_attrs=_FUSABLE
+        )
+
+    # convolutions
+
+    def _conv2d(self, call: Any) -> Any | None:
+        x, attrs = call.args[0], call.attrs
+        weight = as_constant(self._definition(call.args[1]))
+        plain = attrs.data_layout == "NCHW" and attrs.kernel_layout == "OIHW"
+        if weight is None or not plain or dtype_of(x) != "float32":
+            return None
+        shape = conv.ConvShape(
+            _pair(attrs.strides), _four(attrs.padding), _pair(attrs.dilation)
+        )
+        groups, kernel = int(attrs.groups), tuple(int(n) for n in weight.shape[2:])
+        if groups > 1:
+            return self._te(
+                lambda a, w: conv.grouped_conv2d(a, w, groups, shape),
+                x,
+                relax.const(weight),
+                name="grouped_conv2d",
+            )
+        if kernel == shape.stride and not any(shape.padding) and shape.dilation == (1, 1):
+            return self._patches(x, weight)
+        packed = relax.const(conv.pack_conv(weight, dense.panel_width(self.target)))
+        channels = int(weight.shape[0])
+        return self._te(
+            lambda a, w: conv.conv2d(a, w, channels, shape, self.target), x, packed, name="conv2d"
+        )
+
+    def _patches(self, x: Any, weight: Any) -> Any:
+        """A convolution whose patches do not overlap is a product over patches."""
+        out, inner, kh, kw = weight.shape
+        batch, _, height, width = _shape(x)
+        high, wide = height // kh, width // kw
+        if height % kh or width % kw:
+            x = self.builder_.emit(
+                relax.op.strided_slice(x, [2, 3], [0, 0], [high * kh, wide * kw])
+            )
+        x = self._reshaped(x, [batch, inner, high, kh, wide, kw])
+        x = self.builder_.emit(relax.op.permute_dims(x, [0, 2, 4, 1, 3, 5]))
+        x = self._reshaped(x, [batch, high * wide, inner * kh * kw])
+        y = self._dense(x, np.ascontiguousarray(weight.reshape(out, -1)))
+        y = self.builder_.emit(relax.op.permute_dims(y, [0, 2, 1]))
+        return self._reshaped(y, [batch, out, high, wide])
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    first, second = (int(v) for v in values)
+    return first, second
+
+
+def _four(values: Any) -> tuple[int, int, int, int]:
+    top, left, *rest = (int(v) for v in values)
+    bottom, right = rest or (top, left)
+    return top, left, bottom, right

@@ -1,0 +1,95 @@
+"""What the schedule rules share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import tvm.s_tir as st
+from tvm import tirx
+
+from codegen.target import Target, usable_cores
+
+# Below this many elements a parallel region costs more than it saves.
+SMALL = 4096
+
+
+class Blocks:
+    """The top-level blocks of one PrimFunc under a fresh schedule."""
+
+    def __init__(self, func: Any) -> None:
+        self.sch = st.Schedule(func)
+        self.list = list(self.sch.get_child_blocks(self.sch.get_sblock("root")))
+        self.names = [self.sch.get(b).name_hint for b in self.list]
+
+    def named(self, name: str) -> Any:
+        """The block called `name`."""
+        return self.list[self.names.index(name)]
+
+    def after(self, name: str) -> list[Any]:
+        """The blocks that come after `name`, in order."""
+        return self.list[self.names.index(name) + 1 :]
+
+    def reduces(self, block: Any) -> bool:
+        """Whether the block has an axis that is not data-parallel."""
+        axes = self.sch.get(block).iter_vars
+        return any(v.iter_type != tirx.IterVar.DataPar for v in axes)
+
+
+def extent(sch: Any, loop: Any) -> int:
+    """Extent of a static loop."""
+    return int(sch.get(loop).extent)
+
+
+def size(sch: Any, loops: list[Any]) -> int:
+    """Product of the extents."""
+    return math.prod(extent(sch, loop) for loop in loops)
+
+
+def threads(target: Target) -> int:
+    """Threads to cut work for."""
+    return target.threads or int(target.tvm.get("num-cores", 0)) or usable_cores()
+
+
+def even_parts(count: int, target: Target) -> int:
+    """A divisor of `count`: chunks that load the threads evenly and are as long as possible."""
+    workers = threads(target)
+
+    def cost(parts: int) -> float:
+        return -(-parts // workers) * (count // parts) * (1 + 0.02 * parts / workers)
+
+    return min((d for d in range(1, count + 1) if count % d == 0), key=cost)
+
+
+def vector_split(sch: Any, loop: Any, lanes: int) -> bool:
+    """Vectorise `loop` in the widest whole vectors that divide it; False: left to LLVM.
+
+    A split that does not divide would put a condition into the vector loop, which makes it
+    scalar; LLVM's own vectoriser does a better job on the plain loop.
+    """
+    total = extent(sch, loop)
+    width = next((w for w in (lanes, lanes // 2, lanes // 4) if w > 1 and total % w == 0), 0)
+    if not width:
+        return False
+    if total == width:
+        sch.vectorize(loop)
+    else:
+        sch.vectorize(sch.split(loop, [None, width])[1])
+    return True
+
+
+def fuse_all(sch: Any, loops: list[Any]) -> Any:
+    """One loop over all of `loops`."""
+    return sch.fuse(*loops) if len(loops) > 1 else loops[0]
+
+
+def inline_into_last(blocks: Blocks, keep: set[str]) -> None:
+    """Inline every data-parallel block but the last one and those named in `keep`."""
+    for block, name in zip(blocks.list[:-1], blocks.names[:-1], strict=True):
+        if name not in keep and not blocks.reduces(block):
+            blocks.sch.compute_inline(block)
+
+
+def accumulate(sch: Any, block: Any, reduce_loop: Any) -> None:
+    """Split the initial value off a reduction and vectorise it where its last loop was."""
+    sch.decompose_reduction(block, reduce_loop)

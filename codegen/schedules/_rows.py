@@ -1,0 +1,51 @@
+"""Scheduling of row reductions in lanes (codegen/kernels/rows.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from codegen.schedules._common import (
+    SMALL,
+    Blocks,
+    even_parts,
+    extent,
+    fuse_all,
+    size,
+    vector_split,
+)
+from codegen.target import Target
+
+LANES = 2  # vector registers of partial results per row: hides the latency of the adds
+
+
+def schedule_rows(blocks: Blocks, row_axes: int, target: Target) -> Any:
+    """All stages of one row together, rows in parallel.
+
+    The last block is the store; its first `row_axes` loops run over rows.
+    """
+    sch, store = blocks.sch, blocks.list[-1]
+    loops = list(sch.get_loops(store))
+    total = size(sch, loops)
+    row = fuse_all(sch, loops[:row_axes])
+    if len(loops) > row_axes:
+        vector_split(sch, fuse_all(sch, loops[row_axes:]), target.lanes)
+    part, inner = sch.split(row, [even_parts(extent(sch, row), target), None])
+    stages = list(zip(blocks.list[:-1], blocks.names[:-1], strict=True))
+    for block, _ in reversed(stages):
+        sch.compute_at(block, inner)
+    if total >= SMALL or any(blocks.reduces(b) for b, _ in stages):
+        sch.parallel(part)
+    for block, name in stages:
+        _stage(sch, block, name, blocks, target)
+    return sch
+
+
+def _stage(sch: Any, block: Any, name: str, blocks: Blocks, target: Target) -> None:
+    if name.endswith("_lanes"):
+        *_, lane, k = sch.get_loops(block)
+        sch.reorder(k, lane)
+        sch.vectorize(lane)
+        init = sch.decompose_reduction(block, k)
+        sch.vectorize(sch.get_loops(init)[-1])
+    elif not blocks.reduces(block) and name.startswith("rows_exp"):
+        vector_split(sch, sch.get_loops(block)[-1], target.lanes)

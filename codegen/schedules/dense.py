@@ -1,0 +1,94 @@
+"""Matrix products against panels, with whatever follows them computed on the register tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from codegen.kernels.dense import panel_width, row_tile
+from codegen.rule import Rule
+from codegen.schedules._common import Blocks, even_parts, extent, fuse_all, threads, vector_split
+from codegen.target import Target
+
+
+def apply(func: Any, target: Target) -> Any | None:
+    """Tiles of rows x panel in registers; weights as constants or packed by the kernel."""
+    blocks = Blocks(func)
+    if "dense" not in blocks.names:
+        return None
+    if "dense_panel" in blocks.names and _batched(blocks):
+        return None
+    sch, product = blocks.sch, blocks.named("dense")
+    store = _store_block(blocks)
+    *lead, rows, columns, depth = sch.get_loops(product)
+    mt = row_tile_of(sch, store, target)
+    row_out, row_in = sch.split(rows, [None, mt])
+    panel, column = sch.split(columns, [None, panel_width(target)])
+    sch.reorder(*lead, row_out, panel, depth, row_in, column)
+    tiles = fuse_all(sch, [*lead, row_out])
+    tile = _parallel(sch, blocks, tiles, panel, target)
+    finish_tile(sch, blocks, store, tile, (row_in, column, depth), target)
+    return sch
+
+
+def row_tile_of(sch: Any, store: Any, target: Target) -> int:
+    """The tile height the TE definition chose: a function of the stored rows."""
+    loops = sch.get_loops(store)
+    return row_tile(extent(sch, loops[-2]), target)
+
+
+def _batched(blocks: Blocks) -> bool:
+    """Whether the panels differ from batch to batch (then batch_matmul's rule takes it)."""
+    panel = blocks.sch.get(blocks.named("dense_panel"))
+    return len(panel.iter_vars) > 3
+
+
+def _store_block(blocks: Blocks) -> Any:
+    """Inline all that follows the product into one last block; make one if nothing follows."""
+    sch, after = blocks.sch, blocks.after("dense")
+    for block in after[:-1]:
+        sch.compute_inline(block)
+    if after:
+        return after[-1]
+    return sch.cache_write(blocks.named("dense"), 0, "global")
+
+
+def _parallel(sch: Any, blocks: Blocks, tiles: Any, panel: Any, target: Target) -> Any:
+    """Parallel over row tiles when there are enough, else over panels; returns the tile's loop.
+
+    Inside one thread a panel is used for all of the thread's rows before the next one is read.
+    """
+    packs = "dense_panel" in blocks.names
+    count, panels = extent(sch, tiles), extent(sch, panel)
+    if packs or (count < 2 * threads(target) and panels > count):
+        sch.reorder(panel, tiles)
+        part, inner = sch.split(panel, [even_parts(panels, target), None])
+        sch.parallel(part)
+        if packs:
+            pack_panel(sch, blocks.named("dense_panel"), inner)
+        return tiles
+    part, inner = sch.split(tiles, [even_parts(count, target), None])
+    sch.reorder(part, panel, inner)
+    sch.parallel(part)
+    return inner
+
+
+def pack_panel(sch: Any, block: Any, at: Any) -> None:
+    """Pack one panel where it is about to be used."""
+    sch.compute_at(block, at)
+    sch.vectorize(sch.get_loops(block)[-1])
+
+
+def finish_tile(
+    sch: Any, blocks: Blocks, store: Any, tile: Any, inner: tuple[Any, Any, Any], target: Target
+) -> None:
+    """Registers for the tile, and the epilogue on it before it is stored."""
+    product, (row, column, depth) = blocks.named("dense"), inner
+    sch.reverse_compute_at(store, tile)
+    store_loops = sch.get_loops(store)
+    vector_split(sch, store_loops[-1], target.lanes)
+    sch.unroll(row)
+    sch.vectorize(column)
+    sch.decompose_reduction(product, depth)
+
+
+RULE = Rule("dense", apply, kinds=("cpu", "edge"), order=20)

@@ -1,0 +1,23 @@
+"""Everything data-parallel: arithmetic, activations, transposes, slices, concatenation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from codegen.rule import Rule
+from codegen.schedules._common import Blocks, inline_into_last
+from codegen.schedules._elementwise import spread
+from codegen.target import Target
+
+
+def apply(func: Any, target: Target) -> Any | None:
+    """One loop nest for all blocks, parallel outside and vectors inside."""
+    blocks = Blocks(func)
+    if not blocks.list or any(blocks.reduces(b) for b in blocks.list):
+        return None
+    inline_into_last(blocks, keep=set())
+    spread(blocks.sch, blocks.list[-1], target)
+    return blocks.sch
+
+
+RULE = Rule("elementwise", apply, kinds=("cpu", "edge"), order=50)
