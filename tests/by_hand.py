@@ -14,6 +14,7 @@ from passes.trace import trace
 from passes.traced import Traced
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
+NO_MASK = Mask()
 
 
 class Attention(nn.Module):
@@ -112,7 +113,7 @@ def label(
 def canonical(
     model: nn.Module,
     inputs: tuple[Any, ...] | dict[str, Any],
-    masks: Mask | Sequence[Mask] = Mask(),
+    masks: Mask | Sequence[Mask] = NO_MASK,
     *,
     dropout: float = 0.0,
     dynamic_shapes: Any = None,
