@@ -185,7 +185,12 @@ def site_latency(report: RewriteReport) -> str:
 
 
 def paired(
-    name: str, labels: Sequence[str], before: Sequence[float], after: Sequence[float], unit: str
+    name: str,
+    labels: Sequence[str],
+    before: Sequence[float],
+    after: Sequence[float],
+    axis: str,
+    unit: str = "",
 ) -> str:
     """Two bars a label (exact attention, as it stands), with counts at their ends."""
     figure, axes = _figure(len(labels) * 1.35)
