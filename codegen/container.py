@@ -62,12 +62,12 @@ def write_artifact(
     name -> array of any shape; the names are those of `manifest.weights`.
     """
     final = Path(os.path.realpath(path))
-    if final.exists() and not final.is_file():
-        raise ArtifactError(f"{path}: can not be written (it exists and is not a file)")
     if sorted(weights) != sorted(set(manifest.weights)):
         raise ArtifactError(f"{path}: the weights given are not those the manifest names")
     beside = final.with_name(f".{secrets.token_hex(8)}.rwa.part")
     try:
+        if final.exists() and not final.is_file():
+            raise ArtifactError(f"{path}: can not be written (it exists and is not a file)")
         written = _write(beside, manifest, code, weights, report)
         os.replace(beside, final)
         _sync_folder(final.parent)

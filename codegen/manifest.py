@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -127,18 +128,24 @@ def make_manifest(
     """A manifest made now, by the versions installed here; `weights` in the order of the code."""
     return Manifest(
         name=name,
-        target=target.to_json(),
+        target=_as_read(target.to_json()),
         inputs=tuple(inputs),
         outputs=tuple(outputs),
         weights=tuple(weights),
         features=tuple(target.features),
-        plan=dict(plan or {}),
+        plan=_as_read(plan or {}),
         precision=precision,
         peak_memory=peak_memory,
         entry=entry,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=installed_versions(),
     )
+
+
+def _as_read(data: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back (lists for tuples), so that a manifest equals itself read again."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(data)))
+    return plain
 
 
 def installed_versions() -> dict[str, str]:
