@@ -1,0 +1,193 @@
+"""From a rewritten model to an artifact: seal, import, lower, build, write, verify."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from codegen.target import Target, target_named
+from passes.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from codegen.lower import Lowered
+    from codegen.manifest import Manifest
+    from codegen.runtime import Artifact
+    from rewriter.api import Result
+    from rewriter.verify import ErrorStats
+
+Progress = Callable[..., None]
+STAGES = ("seal", "import", "lower", "build", "write", "verify")
+
+
+@dataclass
+class Stages:
+    """Tells `progress(stage, done, total)` which stage runs and keeps how long each took."""
+
+    progress: Progress | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage."""
+        if self.progress is not None:
+            self.progress(name, len(self.seconds), len(STAGES))
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        if self.progress is not None:
+            self.progress(name, len(self.seconds), len(STAGES))
+
+
+def lower_result(
+    result: Result,
+    target: Target,
+    stages: Stages,
+    *,
+    tuned: Any = None,
+    allow_unscheduled: bool = False,
+) -> Lowered:
+    """seal -> frontend -> lower: scheduled TensorIR with the weights lifted out."""
+    from codegen.frontend import to_relax
+    from codegen.lower import lower
+    from passes.seal import seal
+
+    with stages.stage("seal"):
+        sealed = seal(result.rewritten)
+    with stages.stage("import"):
+        imported = to_relax(sealed, target)
+    with stages.stage("lower"):
+        return lower(imported, target, tuned=tuned, allow_unscheduled=allow_unscheduled)
+
+
+def build_artifact(
+    result: Result,
+    path: Path,
+    *,
+    target: str | Target,
+    session: Path | None = None,
+    allow_unscheduled: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Everything from the rewritten model to a verified artifact at `path`.
+
+    The file appears at `path` only when all of it worked. `result.report` is completed.
+
+    Raises:
+        LoweringError, ArtifactError, VerifyError, TuningError.
+    """
+    from codegen.build import build
+    from codegen.container import write_artifact
+    from codegen.manifest import make_manifest
+
+    chosen = target_named(target) if isinstance(target, str) else target
+    stages = Stages(progress)
+    tuned = _tuned(session, chosen)
+    lowered = lower_result(result, chosen, stages, tuned=tuned, allow_unscheduled=allow_unscheduled)
+    with stages.stage("build"):
+        built = build(lowered, chosen)
+    manifest = make_manifest(
+        result.name,
+        chosen,
+        lowered.inputs,
+        lowered.outputs,
+        list(lowered.weights),
+        plan=result.plan.to_json(),
+    )
+    trial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.trial")
+    try:
+        with stages.stage("write"):
+            write_artifact(trial, manifest, built.code, lowered.weights, {})
+        with stages.stage("verify"):
+            stats, note = _verify(result, trial, manifest, threads)
+    finally:
+        trial.unlink(missing_ok=True)
+    _complete(result, lowered, chosen, stats, note, stages, tuned)
+    write_artifact(path, manifest, built.code, lowered.weights, result.report.to_json())
+    if stats is not None:
+        stats.require()
+    return _open(path, threads, runs_here=stats is not None)
+
+
+def _tuned(session: Path | None, target: Target) -> Any:
+    if session is None:
+        return None
+    from rewriter.session import records_for
+
+    return records_for(session, target)
+
+
+def _verify(
+    result: Result, trial: Path, manifest: Manifest, threads: int | None
+) -> tuple[ErrorStats | None, str]:
+    """Compiled against rewritten; (None, why) where the code can not run on this machine."""
+    from codegen.runtime import load
+    from rewriter.verify import verify_artifact
+
+    why = why_not_here(manifest)
+    if why:
+        return None, f"the compiled code was not run here: {why}"
+    with load(trial, threads=threads) as artifact:
+        return verify_artifact(artifact, result.model, example_inputs(result)), ""
+
+
+def why_not_here(manifest: Manifest) -> str:
+    """Why an artifact can not run on this machine; "" when it can."""
+    from codegen.host import this_host
+    from codegen.runtime import check_host
+
+    try:
+        check_host(manifest, "artifact", this_host())
+    except ArtifactError as error:
+        return str(error)
+    return ""
+
+
+def example_inputs(result: Result) -> Any:
+    """The traced example inputs: a dict if the model takes keywords, else a tuple."""
+    traced = result.traced
+    return dict(traced.example_kwargs) if traced.example_kwargs else tuple(traced.example_args)
+
+
+def _complete(
+    result: Result,
+    lowered: Lowered,
+    target: Target,
+    stats: ErrorStats | None,
+    note: str,
+    stages: Stages,
+    tuned: Any,
+) -> None:
+    notes = [*lowered.notes, *([note] if note else [])]
+    if tuned is not None:
+        notes.append(tuned.summary())
+    weights = sum(array.nbytes for array in lowered.weights.values())
+    facts = {"weights_bytes": weights, "seconds": dict(stages.seconds)}
+    report = result.report
+    if report.fidelity is None:
+        report = report.with_fidelity(measure_fidelity(result))
+    result.report = report.with_compiled(
+        stats, lowered.kernels, target.to_json(), artifact=facts, notes=notes
+    )
+
+
+def measure_fidelity(result: Result) -> Any:
+    """Rewritten against original, on the example inputs."""
+    from rewriter.fidelity import fidelity
+
+    return fidelity(result.traced.module, result.model, [example_inputs(result)])
+
+
+def _open(path: Path, threads: int | None, *, runs_here: bool) -> Artifact:
+    from codegen.runtime import load
+
+    if not runs_here:
+        from codegen.foreign import ForeignArtifact
+
+        return ForeignArtifact(path)  # type: ignore[return-value]
+    return load(path, threads=threads)
