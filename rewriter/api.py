@@ -43,6 +43,7 @@ class Result:
     rewritten: Rewritten
     report: RewriteReport
     fitted: FitReport | None = None
+    held_out: Sequence[Mapping[str, torch.Tensor]] = ()
 
     @property
     def model(self) -> torch.fx.GraphModule:
@@ -112,6 +113,7 @@ def rewrite(
         plan=chosen,
         rewritten=rewritten,
         report=RewriteReport.start(name or type(model).__name__, traced, found, chosen),
+        held_out=held_out or (),
     )
     if fit_seconds or data or max_drop is not None:
         _fit(result, fit_seconds, data, held_out, max_drop, state_dir, progress)

@@ -177,10 +177,16 @@ def _complete(
 
 
 def measure_fidelity(result: Result) -> Any:
-    """Rewritten against original, on the example inputs."""
+    """Rewritten against original, on `result.held_out` or else on the example inputs."""
+    from rewriter.calibration import input_names
     from rewriter.fidelity import fidelity
 
-    return fidelity(result.traced.module, result.model, [example_inputs(result)])
+    batches = result.held_out
+    if not batches:
+        traced = result.traced
+        values = [*traced.example_args, *traced.example_kwargs.values()]
+        batches = [dict(zip(input_names(traced), values, strict=True))]
+    return fidelity(result.traced.module, result.model, batches)
 
 
 def _open(path: Path, threads: int | None, *, runs_here: bool) -> Artifact:

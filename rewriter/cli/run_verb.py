@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from passes.errors import ArtifactError, InputError
+from rewriter.arrays import read_arrays, write_arrays
 from rewriter.cli import options as o
 from rewriter.cli.output import console, print_json
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def verb(
@@ -40,32 +36,3 @@ def verb(
         return
     for name, spec in shapes.items():
         console.print(f"{name}: {spec['dtype']} {spec['shape']}", markup=False)
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file; nothing is unpickled."""
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError as error:
-        raise InputError(f"input {path}: there is no such file") from error
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
-        raise InputError(
-            f"input {path}: not an .npz of plain arrays ({error}); write one with numpy.savez"
-        ) from error
-
-
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write an .npz beside, then rename."""
-    import numpy as np
-
-    beside = path.with_name(path.name + ".part")
-    try:
-        with beside.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise ArtifactError(f"output {path}: can not be written ({error.strerror})") from error
