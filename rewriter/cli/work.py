@@ -1,0 +1,174 @@
+"""What several verbs do: rewrite, fit, verify, read a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from passes.errors import UsageError
+from rewriter.cli.options import parse_config, parse_rules
+from rewriter.cli.output import errors
+
+if TYPE_CHECKING:
+    from passes.form import Form
+    from rewriter.api import Result
+    from rewriter.loaded import LoadedModel
+    from rewriter.report import RewriteReport
+
+Names = list[str] | None
+
+
+def any_plan(form: str | None, plan: Path | None, rules: Names) -> bool:
+    """Whether the user said what to put in."""
+    return bool(form or plan or rules)
+
+
+def chosen_form(form: str | None, settings: Names) -> Form | None:
+    """The form named by --form with the options of --set."""
+    from passes.form import form_named
+
+    config = parse_config(settings)
+    if form is None:
+        if config:
+            raise UsageError("--set needs --form: it sets options of that form")
+        return None
+    return form_named(form, config)
+
+
+def rewrite_model(
+    loaded: LoadedModel,
+    form: str | None,
+    plan: Path | None,
+    rules: Names,
+    settings: Names,
+    *,
+    allow_none: bool,
+) -> Result:
+    """Rewrite without fitting; fidelity will be measured on real text where there is any."""
+    from rewriter.api import rewrite
+    from rewriter.samples import samples_for
+
+    held_out = None
+    if loaded.tokenizer_path is not None:
+        held_out = samples_for(loaded, None, dynamic=False, fit_texts=loaded_batch(loaded))[1]
+    return rewrite(
+        loaded.model,
+        loaded.example_inputs,
+        form=chosen_form(form, settings),
+        plan=plan,
+        rules=parse_rules(rules),
+        held_out=held_out,
+        on_noop="ok" if allow_none else "error",
+        name=loaded.name,
+    )
+
+
+def loaded_batch(loaded: LoadedModel) -> int:
+    """Batch size of the example inputs."""
+    return int(next(iter(loaded.example_inputs.values())).shape[0])
+
+
+def fit_model(
+    loaded: LoadedModel,
+    form: str | None,
+    plan: Path | None,
+    rules: Names,
+    settings: Names,
+    *,
+    seconds: float,
+    data: Path | None,
+    max_drop: float | None,
+    state: Path,
+) -> Result:
+    """Rewrite and fit, with a progress bar on stderr; Ctrl-C keeps the state."""
+    from rewriter.api import find_sites, rewrite
+    from rewriter.samples import samples_for
+
+    chosen = chosen_form(form, settings)
+    traced, _ = find_sites(loaded.model, loaded.example_inputs, dynamic_shapes="auto")
+    fit_on, held_out = samples_for(loaded, data, dynamic=bool(traced.dynamic))
+    with progress_bar("fit") as progress:
+        try:
+            return rewrite(
+                loaded.model,
+                loaded.example_inputs,
+                form=chosen,
+                plan=plan,
+                rules=parse_rules(rules),
+                fit_seconds=seconds,
+                data=fit_on,
+                held_out=held_out,
+                max_drop=max_drop,
+                state_dir=state,
+                dynamic_shapes="auto",
+                name=loaded.name,
+                progress=progress,
+            )
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(
+                f"The fit is kept in {state}; the same command goes on from there."
+            ) from stop
+
+
+def from_folder(loaded: LoadedModel, folder: Path) -> Result:
+    """The rewritten model saved in `folder`."""
+    from rewriter.folder import load_rewritten
+
+    return load_rewritten(loaded.model, loaded.example_inputs, folder, name=loaded.name)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Any]:
+    """A callable for the long work, drawing a bar with an estimate on stderr."""
+    from rewriter.progress import shown
+
+    with shown(what, errors) as progress:
+        yield progress
+
+
+def verify_file(
+    artifact: Path, model: str, source: Path | None, threads: int | None, attn: str
+) -> dict[str, Any]:
+    """An artifact against its rewritten model, and against the original."""
+    from passes.plan import Plan
+    from rewriter.api import load, rewrite
+    from rewriter.cli.options import open_model
+    from rewriter.pipeline import example_inputs
+    from rewriter.verify import verify_artifact
+
+    opened = load(artifact, threads=threads)
+    shape = opened.inputs[0].shape
+    tokens = shape[1] if len(shape) == 2 else None
+    image = shape[-1] if len(shape) == 4 else None
+    loaded = open_model(model, tokens, shape[0] if shape else 1, image, attn)
+    if source is not None:
+        result = from_folder(loaded, source)
+    else:
+        plan = Plan.from_json(opened.manifest.plan, f"plan in {artifact}")
+        result = rewrite(loaded.model, loaded.example_inputs, plan=plan, on_noop="ok")
+    inputs = example_inputs(result)
+    to_original = verify_artifact(opened, result.traced.module, inputs)
+    outcome: dict[str, Any] = {"original": to_original.to_json()}
+    lines = [f"against the original: cosine at least {to_original.cosine_min:.4f} (a measurement)"]
+    fitted = bool(opened.report.get("fit"))
+    if fitted and source is None:
+        lines.append("against the rewritten model: needs --from FOLDER, since weights were fitted")
+        return {**outcome, "rewritten": None, "ok": True, "lines": lines}
+    stats = verify_artifact(opened, result.model, inputs)
+    verdict = "equal within tolerance" if stats.ok else f"NOT equal: {stats.why}"
+    lines.insert(0, f"against the rewritten model: {verdict}, largest error {stats.max_abs:.2e}")
+    return {**outcome, "rewritten": stats.to_json(), "ok": stats.ok, "lines": lines}
+
+
+def read_report(subject: Path) -> RewriteReport:
+    """The report in an artifact (its code is not loaded), a rewritten folder or a JSON file."""
+    from codegen.archive import open_artifact
+    from rewriter.report import RewriteReport
+
+    if subject.is_dir():
+        return RewriteReport.load(subject / "report.json")
+    if subject.suffix == ".rwa":
+        return RewriteReport.from_json(open_artifact(subject).report, f"report in {subject}")
+    return RewriteReport.load(subject)
