@@ -30,7 +30,8 @@ class Builtin:
     about: str
     config: dict[str, Any] = field(default_factory=dict)
     build: dict[str, Any] = field(default_factory=dict)
-    patch: int = 1  # image sides must be a multiple of this
+    patch: int = 1  # image sides must be a multiple of this,
+    least: int = 1  # and at least this
     default_tokens: int = 128
 
 
@@ -64,7 +65,7 @@ _RANDOM: dict[str, Builtin] = {
     ),
     "swin-tiny": Builtin(
         "SwinModel", "image", _IMAGE, "Swin tiny, shifted windows with position bias",
-        build=_NO_POOLER, patch=32,
+        build=_NO_POOLER, patch=32, least=224,
     ),
     "segformer-b0": Builtin(
         "SegformerModel", "image", _IMAGE, "SegFormer B0 encoder, reduced keys and values", patch=32
@@ -170,10 +171,11 @@ def _load_random(name: str, builtin: Builtin, options: Options) -> LoadedModel:
 def _sizes(name: str, builtin: Builtin, options: Options) -> dict[str, Any]:
     """Config fields that the options ask for."""
     if builtin.kind == "image" and options.image:
-        if options.image % builtin.patch:
+        least = max(builtin.patch, builtin.least)
+        if options.image % builtin.patch or options.image < least:
             raise ModelError(
-                f"image: {name} takes sides that are multiples of {builtin.patch}, "
-                f"got {options.image}"
+                f"image: {name} takes sides that are multiples of {builtin.patch} from {least} "
+                f"up, got {options.image}"
             )
         return {"image_size": options.image}
     if builtin.kind == "audio" and options.tokens:
