@@ -105,7 +105,7 @@ class Exact(Form):
         hidden keys     select B*H*T*S, once for causal, window and padding together
         softmax         max, add (subtract the row maximum), exp, add (sum): B*H*T*S each
         values          mul and add B*H*T*S*E
-        blind rows      max B*H*T (clamp of the sum; only where keys can be hidden)
+        blind rows      max B*H*T (clamp of the sum; only where there is a mask or bias)
         divide          div B*H*T*E
         """
         b, h, g, t, s, d, e = sizes(site)
@@ -119,7 +119,7 @@ class Exact(Form):
             mul=pairs * (d + e) + (rows * d if site.scale != 1.0 else 0),
             add=pairs * (d + e + 2) + (pairs if biased else 0),
             select=pairs if hiding else 0,
-            max=pairs + (rows if hiding else 0),
+            max=pairs + (rows if hiding or biased else 0),
             exp=pairs,
             div=rows * e,
             read=read * item_bytes(site) + (b * s if mask.padding else 0),
