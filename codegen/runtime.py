@@ -11,21 +11,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from codegen import workers
 from codegen.archive import Opened, open_artifact
+from codegen.devices import device_for
 from codegen.host import Host, this_host, why_foreign
-from codegen.input_check import aligned_copy, check_inputs
+from codegen.input_check import check_inputs
 from codegen.manifest import Manifest, why_other_version
 from codegen.specs import TensorSpec
 from codegen.target import usable_cores
 from codegen.tvm_runtime import load_ffi, load_library
-from codegen.weights_file import ALIGN
 from passes.errors import ArtifactError, UsageError
 
-_CPU, _POOLED = 1, 2  # kDLCPU; TVM's AllocatorType::kPooled
 _keys = count()
 
 
@@ -82,8 +80,7 @@ class Artifact:
         self.threads = threads
         self._key = next(_keys)
         self._open = True
-        if self.manifest.target.get("kind") == "gpu":
-            raise ArtifactError(f"{self.path}: running CUDA artifacts is not possible yet")
+        self._device = device_for(str(self.manifest.target.get("kind")))
         try:
             self._library: Any = load_library(opened.code)
         except RuntimeError as error:
@@ -102,7 +99,7 @@ class Artifact:
         """Name, shape and dtype of each output, in order."""
         return self.manifest.outputs
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, NDArray[Any]]:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> dict[str, NDArray[Any]]:
         """Run on arrays given by position or by name; see `run`."""
         if not self._open:
             raise ArtifactError(f"{self.path}: the artifact is closed")
@@ -140,14 +137,12 @@ class Artifact:
 
     def _tensors(self, opened: Opened) -> list[Any]:
         """The weights as TVM tensors, over the mapping where it is aligned; equal ones shared."""
-        ffi, made, tensors = load_ffi(), {}, []
+        made: dict[str, Any] = {}
+        tensors = []
         for name, array in opened.arrays().items():
             stored = self.manifest.aliases.get(name, name)
             if stored not in made:
-                aligned = array.__array_interface__["data"][0] % ALIGN == 0
-                made[stored] = ffi.from_dlpack(
-                    array if aligned else aligned_copy(array, array.dtype)
-                )
+                made[stored] = self._device.tensor(array)
             tensors.append(made[stored])
         return tensors
 
@@ -157,8 +152,7 @@ class Artifact:
         if machine is None:
             if library is None:
                 raise ArtifactError(f"{self.path}: the artifact is closed")
-            machine = library["vm_load_executable"]()
-            machine["vm_initialization"](_CPU, 0, _POOLED)
+            machine = self._device.machine(library["vm_load_executable"]())
             worker.state[self._key] = machine
         return machine
 
@@ -176,24 +170,27 @@ class Artifact:
             )
 
     def _run(self, worker: workers.Worker, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
-        ffi, machine, weights = load_ffi(), self._machine(worker), self._weights
-        if weights is None:
-            raise ArtifactError(f"{self.path}: the artifact is closed")
         try:
-            result = machine[self.manifest.entry](*map(ffi.from_dlpack, arrays), *weights)
-        except Exception as error:  # TVM raises many kinds
-            first = str(error).strip().splitlines() or [type(error).__name__]
-            raise ArtifactError(f"{self.path}: its code failed ({first[-1]})") from error
-        if not self._open:
-            worker.state.pop(self._key, None)  # closed meanwhile: keep nothing
-        found = _flat(result, ffi.Tensor)
+            machine, weights = self._machine(worker), self._weights
+            if weights is None:
+                raise ArtifactError(f"{self.path}: the artifact is closed")
+            found = _flat(self._call(machine, arrays, weights), load_ffi().Tensor)
+        finally:
+            if not self._open:  # closed meanwhile: keep nothing
+                worker.state.pop(self._key, None)
         if len(found) != len(self.outputs):
             raise ArtifactError(
                 f"{self.path}: its code gave {len(found)} outputs; the manifest names "
                 f"{len(self.outputs)}"
             )
-        # Copies: TVM may hand out an input or a weight as an output.
-        return [np.array(np.from_dlpack(tensor)) for tensor in found]
+        return [self._device.array(tensor) for tensor in found]
+
+    def _call(self, machine: Any, arrays: list[NDArray[Any]], weights: list[Any]) -> Any:
+        try:
+            return machine[self.manifest.entry](*map(self._device.tensor, arrays), *weights)
+        except Exception as error:  # TVM raises many kinds
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ArtifactError(f"{self.path}: its code failed ({lines[-1]})") from error
 
 
 def _flat(result: Any, tensor: type) -> list[Any]:

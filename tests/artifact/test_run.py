@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from codegen import workers
 from codegen.runtime import load
 from codegen.target import usable_cores
+from codegen.tvm_runtime import load_ffi
 from passes.errors import ArtifactError, UsageError
 from tests.artifact.conftest import Small
 
@@ -146,6 +149,64 @@ def test_default_threads_follow_the_variable(
     assert load(small_file).threads == usable_cores()
     monkeypatch.setenv("TVM_NUM_THREADS", "1")
     assert load(small_file).threads == 1
+
+
+def test_pools_have_the_threads_asked_for(small: Small, small_file: Path) -> None:
+    """Also when another number was asked for before, which TVM itself does not offer."""
+    tvm_threads = load_ffi().get_global_func("runtime.NumThreads")
+    for threads in (1, usable_cores(), 1):
+        artifact = load(small_file, threads=threads)
+        artifact.run(small.inputs(0))
+        assert workers.pool_of(threads).call(lambda worker: tvm_threads()) == threads
+        assert workers.pool_of(threads).call(lambda worker: os.sched_getaffinity(0)) == (
+            os.sched_getaffinity(0)
+        )
+
+
+def test_nothing_is_kept_of_closed_or_forgotten_artifacts(small: Small, small_file: Path) -> None:
+    closed, forgotten, inputs = load(small_file), load(small_file), small.inputs(0)
+    keys = {closed._key, forgotten._key}
+    pool = workers.pool_of(closed.threads)
+
+    def kept() -> set[int]:
+        return keys & {key for worker in pool._all for key in worker.state}
+
+    closed.run(inputs)
+    forgotten.run(inputs)
+    assert kept() == keys
+    closed.close()
+    del forgotten
+    gc.collect()
+    assert kept() == set()
+
+
+def test_close_while_others_call(small: Small, small_file: Path) -> None:
+    """Each call either ends right or is refused."""
+    artifact, wrong, ended = load(small_file, threads=1), [], []
+
+    def many(seed: int) -> None:
+        try:
+            inputs = small.inputs(seed)
+            while True:
+                small.assert_right(artifact.run(inputs), inputs)
+                ended.append(seed)
+        except ArtifactError as error:
+            if "closed" not in str(error):
+                wrong.append(error)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=many, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    while len(ended) < 50 and not wrong:
+        time.sleep(0.001)
+    artifact.close()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+    states = [worker.state for worker in workers.pool_of(1)._all]
+    assert all(artifact._key not in state for state in states)
 
 
 def test_callers_affinity_is_untouched(small: Small, small_file: Path) -> None:

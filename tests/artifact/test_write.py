@@ -87,6 +87,18 @@ def test_large_weights_are_aligned_for_mapping(tmp_path: Path) -> None:
         assert aligned or weights[name].nbytes % 64 != 0
 
 
+def test_members_with_64_bit_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout of members beyond 2 GB, without writing that much."""
+    monkeypatch.setattr(container, "_ZIP64_FROM", -1)
+    weights = {"w": np.arange(64, dtype=np.float32)}
+    write(tmp_path / "a.rwa", weights)
+    (array,) = open_artifact(tmp_path / "a.rwa").arrays().values()
+    np.testing.assert_array_equal(array, weights["w"])
+    assert array.ctypes.data % 64 == 0
+    with zipfile.ZipFile(tmp_path / "a.rwa") as archive:
+        assert archive.testzip() is None
+
+
 def test_equal_weights_are_stored_once(tmp_path: Path) -> None:
     big = np.random.default_rng().standard_normal((300, 100))
     near = big.copy()
