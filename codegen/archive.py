@@ -33,6 +33,16 @@ TRAILER = len(COMMENT) + 64
 _END = struct.Struct("<4s4H2LH")
 LOCAL = struct.Struct("<4s5H3L2H")
 Bytes = bytes | memoryview
+# What zipfile raises on a damaged index, beside its own error.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    struct.error,
+    ValueError,
+    RuntimeError,  # and so NotImplementedError
+    OverflowError,
+    IndexError,
+    EOFError,
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ def spans_of(path: Path, file: IO[bytes], data: memoryview) -> dict[str, tuple[i
     try:
         with zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
+    except _ZIP_ERRORS as error:
         raise ArtifactError(f"{path}: damaged ({error})") from error
     if tuple(info.filename for info in infos) != MEMBERS:
         raise ArtifactError(f"{path}: not an artifact (its members are others)")

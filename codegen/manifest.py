@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from codegen.specs import TensorSpec
 from codegen.target import Target
 from passes.errors import ArtifactError
@@ -109,6 +111,13 @@ def _check(manifest: Manifest, where: str) -> None:
     names = [spec.name for spec in manifest.inputs]
     if len(set(names)) != len(names):
         raise ArtifactError(f"{where}: two inputs have one name: {', '.join(names)}")
+    for spec in (*manifest.inputs, *manifest.outputs):
+        try:
+            known = np.dtype(spec.dtype).kind in "biuf" and min(spec.shape, default=0) >= 0
+        except TypeError:
+            known = False
+        if not known:
+            raise ArtifactError(f"{where}: tensor {spec.name!r} is of no kind this version knows")
     if not manifest.outputs:
         raise ArtifactError(f"{where}: its manifest names no output")
 

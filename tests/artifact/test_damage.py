@@ -17,7 +17,9 @@ from codegen import runtime
 from codegen.archive import CODE, MANIFEST, MEMBERS, REPORT, TRAILER, WEIGHTS
 from codegen.container import describe, open_artifact
 from codegen.host import Host, this_host
+from codegen.manifest import Manifest
 from codegen.runtime import load
+from codegen.specs import TensorSpec
 from passes.errors import ArtifactError
 from tests.artifact.conftest import Small, host_target, manifest_for
 
@@ -253,6 +255,27 @@ def test_another_version_of_tvm(small: Small, tmp_path: Path, name: str) -> None
     path = dataclasses.replace(small, manifest=manifest).write(tmp_path / "a.rwa")
     with pytest.raises(ArtifactError, match=rf"compiled with {name} 0\.99\.0"):
         load(path)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("bfloat99", (2,)), ("O", (2,)), ("float32", (-1,))])
+def test_tensors_of_no_known_kind(
+    small: Small, tmp_path: Path, dtype: str, shape: tuple[int, ...]
+) -> None:
+    outputs = (TensorSpec("y", shape, dtype),)
+    manifest = dataclasses.replace(small.manifest, outputs=outputs)
+    path = dataclasses.replace(small, manifest=manifest).write(tmp_path / "a.rwa")
+    with pytest.raises(ArtifactError, match="tensor 'y'"):
+        load(path)
+
+
+@pytest.mark.parametrize("key", ["inputs", "weights", "members", "target", "peak_memory"])
+def test_manifests_that_lack_something(small: Small, key: str) -> None:
+    data = small.manifest.to_json()
+    del data[key]
+    with pytest.raises(ArtifactError, match=f"where: its manifest is damaged.*{key}"):
+        Manifest.from_json(data, "where")
+    with pytest.raises(ArtifactError, match="where: its manifest"):
+        Manifest.from_json({**data, key: "5x" if key == "peak_memory" else 5}, "where")
 
 
 def test_a_later_format(small: Small, tmp_path: Path) -> None:
