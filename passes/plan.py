@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +70,15 @@ class Plan:
         return cls({s: _choice(name, s, c) for s, c in data["sites"].items()})
 
     def save(self, path: Path) -> None:
-        """Write as JSON: beside, then rename."""
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(json.dumps(self.to_json(), indent=2) + "\n")
-        beside.replace(path)
+        """Write as JSON, beside and then renamed; `PlanError` if it can not be written."""
+        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            beside.write_text(json.dumps(self.to_json(), indent=2) + "\n")
+            beside.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise PlanError(f"plan {path}: can not be written ({error.strerror})") from error
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -161,5 +168,7 @@ def bind_plan(plan: Plan, sites: Sequence[AttentionSite]) -> Plan:
         choice = plan.choices.get(site.id, Choice(KEEP, {}, SiteStatus.KEPT, "not in the plan"))
         if choice.form != KEEP:
             choice = choose(form_named(choice.form, choice.config), site, choice.why or "plan")
+        elif choice.status is SiteStatus.REWRITTEN:  # edited by hand to keep
+            choice = replace(choice, status=SiteStatus.KEPT)
         bound[site.id] = choice
     return Plan(bound)
