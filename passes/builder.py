@@ -68,14 +68,14 @@ class Builder:
     def permute(self, node: Node, order: Sequence[int]) -> Node:
         """`node` with output axis i taken from `order[i]`; looks through an inverse permutation."""
         order = tuple(order)
+        if order == tuple(range(len(order))):
+            return node
         inner, perm = source(node), permutation(node)
         if inner is not None and perm is not None:
             combined = tuple(perm[i] for i in order)
             if combined == tuple(range(len(combined))):
                 return inner
             order, node = combined, inner
-        if order == tuple(range(len(order))):
-            return node
         swapped = [i for i, o in enumerate(order) if i != o]
         if len(swapped) == 2:
             return self.call(aten.transpose.int, node, *swapped)

@@ -21,7 +21,7 @@ from passes.cleanup import (
 from passes.mask import Frame, classify
 from passes.match import Stop
 from passes.match_sdpa import opaque_reason, rebuild_sdpa
-from passes.match_softmax import _Walk, match_softmax
+from passes.match_softmax import constant, match_softmax
 from passes.ops import op_of, shape, val
 from passes.origin import dims_of, module_path, source_line, symbol_names
 from passes.prove import prove
@@ -90,7 +90,7 @@ class _Work:
 
     def _sdpa(self, node: Node) -> None:
         builder = Builder(node)
-        rebuilt = self._built(builder, node, lambda: rebuild_sdpa(node, builder))
+        rebuilt = self._built(builder, node, lambda: rebuild_sdpa(node, builder, self._number))
         plain = len(builder.made) == 1
         self._accept(builder, node, rebuilt, "sdpa", [], proved=plain)
 
@@ -98,9 +98,11 @@ class _Work:
         match = match_softmax(self.module, node)
         second = match.second.node
         builder = Builder(second)
-        number = _Walk(self.module, match.first).number
-        rebuilt = self._built(builder, node, lambda: rebuild(match, builder, number))
+        rebuilt = self._built(builder, node, lambda: rebuild(match, builder, self._number))
         self._accept(builder, second, rebuilt, "softmax", match.inner, proved=False)
+
+    def _number(self, value: Any) -> float | None:
+        return constant(self.module, value)
 
     def _built(self, builder: Builder, node: Node, build: Any) -> Rebuilt:
         try:
@@ -126,13 +128,14 @@ class _Work:
     ) -> None:
         """Prove, describe, and put the new nodes in the place of `old`."""
         if not proved:
-            failure = prove(self.module, old, new.out, builder.made, self.examples)
+            failure = prove(self.module, old, new, builder.made, self.examples)
             if failure is not None:
                 builder.discard()
                 raise Stop(old, failure)
         new.sdpa.meta["attention_site"] = self._site(new.sdpa, found_by)
         old.replace_all_uses_with(new.out)
         drop_asserts(inner)
+        erase_dead([u for n in inner for u in n.users if u not in inner and u is not old])
         erase_unused([*inner, old])
         erase_dead([n for n in builder.made if n not in (new.out, new.sdpa)])
 

@@ -112,7 +112,7 @@ def drop_asserts(nodes: Iterable[Node]) -> None:
 def erase_unused(nodes: Iterable[Node]) -> None:
     """Erase `nodes`, last first, where nothing uses them, and what only they used."""
     for node in reversed(list(nodes)):
-        if not node.users and node.op not in ("placeholder", "output"):
+        if not node._erased and not node.users and node.op not in ("placeholder", "output"):
             inputs = [n for n in node.all_input_nodes if n.op not in ("placeholder", "output")]
             node.graph.erase_node(node)
             erase_dead(inputs)

@@ -31,7 +31,8 @@ class Evaluator:
         real_sizes: bool = False,
     ) -> None:
         self.module, self.double, self.real_sizes = module, double, real_sizes
-        self.values: dict[Node, Any] = {n: self._raise(v) for n, v in given.items()}
+        self.given: dict[Node, Any] = {n: self._raise(v) for n, v in given.items()}
+        self.values = dict(self.given)
 
     def __call__(self, node: Node) -> Any:
         """The value of `node`; KeyError for an input that was not given."""
@@ -155,3 +156,8 @@ def _attribute(module: GraphModule, path: str) -> torch.Tensor:
 def attribute(module: GraphModule, node: Node) -> torch.Tensor:
     """The tensor of a ``get_attr`` node."""
     return _attribute(module, str(node.target))
+
+
+def is_parameter(module: GraphModule, node: Node) -> bool:
+    """Whether `node` reads a trained parameter."""
+    return node.op == "get_attr" and isinstance(attribute(module, node), torch.nn.Parameter)

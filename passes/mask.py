@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.evaluate import Evaluator, attribute, needed
+from passes.evaluate import Evaluator, is_parameter, needed
 from passes.mask_trials import Resize, other_size, trials
 from passes.ops import HIDDEN, has_tensor, hint, val
 from passes.site import Mask
@@ -65,7 +65,7 @@ def classify(
 def _trained(module: GraphModule, node: Node) -> bool:
     if node.op == "call_module":
         return any(True for _ in module.get_submodule(str(node.target)).parameters())
-    return node.op == "get_attr" and isinstance(attribute(module, node), torch.nn.Parameter)
+    return is_parameter(module, node)
 
 
 def _agree(

@@ -11,7 +11,7 @@ from passes.builder import Builder, aten
 from passes.match import Stop
 from passes.match_softmax import real_users
 from passes.ops import arg, has_tensor, hint, op_of, shape, val
-from passes.rebuild import Rebuilt, call_sdpa, settle
+from passes.rebuild import Number, Rebuilt, call_sdpa, settle, strip_scale
 
 # Attention in one operator that hides its parts, and what to do about it.
 OPAQUE = {
@@ -28,7 +28,7 @@ OPAQUE = {
 }
 
 
-def rebuild_sdpa(node: Node, builder: Builder) -> Rebuilt:
+def rebuild_sdpa(node: Node, builder: Builder, number: Number) -> Rebuilt:
     """Insert the canonical call for SDPA call `node`; `Stop` if it can not be one.
 
     `is_causal` with T != S means j <= i (top left); it becomes a bool mask tensor, so that a
@@ -46,6 +46,9 @@ def rebuild_sdpa(node: Node, builder: Builder) -> Rebuilt:
         raise Stop(node, "the scale is not constant")
     scale = float(scale) if scale is not None else hint(val(q).shape[-1]) ** -0.5
     rank = val(q).ndim
+    q, q_factor = strip_scale(builder, q, number)
+    k, k_factor = strip_scale(builder, k, number)
+    scale *= q_factor * k_factor
     q, k, v = settle(builder, *(_four(builder, x, node) for x in (q, k, v)))
     if has_tensor(mask):
         mask = _four_mask(builder, mask, rank)

@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from passes.contraction import Contraction, as_contraction
-from passes.evaluate import Evaluator, needed
+from passes.evaluate import Evaluator, is_parameter, needed
 from passes.match import SoftmaxMatch, Step, Stop, Term
 from passes.ops import (
     COPIES,
@@ -75,6 +75,18 @@ def _carriers(node: Node) -> list[Node]:
     return [n for n in found if has_tensor(n)]
 
 
+def constant(module: GraphModule, value: Any) -> float | None:
+    """`value` as a number, if it is one or a constant tensor with one element."""
+    if isinstance(value, int | float):
+        return float(value)
+    if not has_tensor(value) or val(value).numel() != 1:
+        return None
+    steps = needed([value], set())
+    if any(n.op in ("placeholder", "call_module") or is_parameter(module, n) for n in steps):
+        return None
+    return float(Evaluator(module, {})(value))
+
+
 @dataclass
 class _Walk:
     """State of the logits along the way from q k^T to the softmax."""
@@ -137,15 +149,8 @@ class _Walk:
         return True
 
     def number(self, value: Any) -> float | None:
-        """`value` as a number, if it is one or a constant tensor with one element."""
-        if isinstance(value, int | float):
-            return float(value)
-        if not has_tensor(value) or val(value).numel() != 1:
-            return None
-        steps = needed([value], set())
-        if any(n.op == "placeholder" for n in steps) or is_trained(value):
-            return None
-        return float(Evaluator(self.module, {})(value))
+        """`value` as a number, see `constant`."""
+        return constant(self.module, value)
 
     def _rescale(self, node: Node, op: str, by: Any) -> None:
         factor = self.number(by)
@@ -211,8 +216,13 @@ def _softmax_axis(softmax: Node) -> int:
 
 
 def real_users(node: Node) -> list[Node]:
-    """Users that read values."""
-    return [u for u in node.users if op_of(u) not in SHAPE_ONLY]
+    """Users that read values, not only sizes."""
+    return [u for u in node.users if op_of(u) not in SHAPE_ONLY and not _sizes_only(u, node)]
+
+
+def _sizes_only(user: Node, node: Node) -> bool:
+    """Whether `user` is x.expand_as(node), x.type_as(node) and the like."""
+    return op_of(user) in ("expand", "view", "to") and source(user) is not node
 
 
 def _down(walk: _Walk, softmax: Node) -> tuple[Contraction, Node, float]:

@@ -87,6 +87,8 @@ def op_of(node: Node) -> str:
     if node.op != "call_function":
         return ""
     schema = getattr(node.target, "_schema", None)
+    if node.target is getattr:  # x.mT is a transpose, x.shape is not
+        return str(node.args[1]) if node.args[1] in PERMUTES else "getattr"
     if schema is None:
         return _family(getattr(node.target, "__name__", str(node.target)))
     space, name = schema.name.split("::")

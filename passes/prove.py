@@ -9,7 +9,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.evaluate import Evaluator, needed
-from passes.ops import has_tensor, sizes, val
+from passes.ops import HIDDEN, has_tensor, sizes, val
+from passes.rebuild import Rebuilt
 
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _ROUNDS = 2
@@ -18,16 +19,16 @@ _ROUNDS = 2
 def prove(
     module: GraphModule,
     old: Node,
-    new: Node,
+    new: Rebuilt,
     made: Sequence[Node],
     examples: Mapping[Node, Any],
 ) -> str | None:
-    """None if node `new` computes what `old` does, else a sentence.
+    """None if node `new.out` computes what `old` does, else a sentence.
 
     `made` are the nodes of the new side. Both run from fresh random values at every old node
     that the new side reads (q, k, v and mask parts), in float64 where the graph permits, at the
-    example's sizes, without dropout. Rows that are not finite in `old` (fully masked) are
-    skipped.
+    example's sizes, without dropout. Rows in which no key can be seen are skipped: what they
+    hold depends on the spelling and means nothing.
     """
     border = _border(made, old)
     for _ in range(_ROUNDS):
@@ -47,13 +48,20 @@ def _border(made: Sequence[Node], old: Node) -> list[Node]:
     """Old nodes that the new side reads and on which `old` depends."""
     own = set(made)
     read = {n for m in made for n in m.all_input_nodes if n not in own and has_tensor(n)}
-    return [n for n in needed([old], read) if n in read]
+    border = [n for n in needed([old], read) if n in read]
+    # A node that follows from the others is not free.
+    for node in list(border):
+        others = set(border) - {node}
+        steps = needed([node], others)
+        if others & set(steps) and not any(s.op == "placeholder" for s in steps):
+            border.remove(node)
+    return border
 
 
 def _round(
     module: GraphModule,
     old: Node,
-    new: Node,
+    new: Rebuilt,
     border: list[Node],
     examples: Mapping[Node, Any],
     *,
@@ -61,10 +69,11 @@ def _round(
 ) -> str | None:
     given = {**examples, **{n: _random(n) for n in border}}
     want = Evaluator(module, given, double=double)(old)
-    got = Evaluator(module, given, double=double)(new)
+    evaluator = Evaluator(module, given, double=double)
+    got = evaluator(new.out)
     if want.shape != got.shape:
         return f"proof failed: shape {tuple(got.shape)} for {tuple(want.shape)}"
-    rows = torch.isfinite(want)
+    rows = _rows(module, new, evaluator) & torch.isfinite(want)
     if not bool(rows.any()):
         return "proof failed: no row is finite"
     error = float((want - got)[rows].abs().max())
@@ -72,6 +81,19 @@ def _round(
     if not error <= _TOLERANCE.get(want.dtype, 1e-4) * max(size, 1e-3):
         return f"proof failed: max error {error:.2g} at values up to {size:.2g}"
     return None
+
+
+def _rows(module: GraphModule, new: Rebuilt, evaluator: Evaluator) -> torch.Tensor:
+    """Bool of the output's shape: True in rows that see a key."""
+    result = evaluator(new.sdpa)
+    mask = new.sdpa.args[3]
+    seen = torch.ones_like(result)
+    if isinstance(mask, Node):
+        value = evaluator(mask)
+        visible = value if value.dtype == torch.bool else value > HIDDEN / 2
+        seen = visible.any(-1, keepdim=True).to(result.dtype).expand_as(result).contiguous()
+    # The layout after the SDPA node, run on the marks.
+    return torch.as_tensor(Evaluator(module, {**evaluator.given, new.sdpa: seen})(new.out)) > 0.5
 
 
 def _random(node: Node) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch.fx import Node
 from passes.builder import Builder, aten
 from passes.contraction import Axes
 from passes.match import SoftmaxMatch, Stop, Term
-from passes.ops import Key, shape, val
+from passes.ops import Key, has_tensor, op_of, shape, source, val
 
 
 class MaskFrames:
@@ -53,7 +53,7 @@ class MaskFrames:
     def canonical(self, term: Term) -> Node:
         """The node of `term`, made for the layout at its depth, as a 4-D mask."""
         axes, sizes, viewed = self._frame(term.depth)
-        node = term.node
+        node = _unexpanded(term.node)
         if val(node).ndim > len(axes):
             raise Stop(node, "a mask has more axes than the logits")
         for _ in range(len(axes) - val(node).ndim):
@@ -109,6 +109,14 @@ class MaskFrames:
         count = self.b.call(operator.floordiv, rows, rest)
         full = [count if i in named else frame[i] for i in range(len(frame) - 2)]
         return self.b.call(aten.expand.default, node, [*full, -1, -1])
+
+
+def _unexpanded(node: Node) -> Node:
+    """`node` before an expansion: a mask broadcasts by itself."""
+    inner = source(node)
+    while op_of(node) == "expand" and inner is not None and has_tensor(inner):
+        node, inner = inner, source(inner)
+    return node
 
 
 def _finite(fill: float, dtype: torch.dtype) -> float:
