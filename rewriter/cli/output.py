@@ -15,14 +15,15 @@ errors = Console(stderr=True)
 
 def print_json(data: Any) -> None:
     """`data` as JSON on stdout; NaN and infinities become null, as JSON has none."""
-    sys.stdout.write(json.dumps(_finite(data), indent=2, default=str) + "\n")
+    sys.stdout.write(json.dumps(finite(data), indent=2, default=str) + "\n")
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """`data` with numbers that are not finite as None."""
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, dict):
-        return {str(k): _finite(v) for k, v in data.items()}
+        return {str(k): finite(v) for k, v in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(v) for v in data]
+        return [finite(v) for v in data]
     return data
