@@ -23,16 +23,17 @@ TINY = 1e-30  # below any sum that has a visible key (its largest term is 1)
 
 def attributes(rule: str, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """PrimFunc attributes of a kit kernel; op_pattern 8 keeps fusion away from it."""
-    return {"op_pattern": 8, RULE: rule, KERNEL: json.dumps(dict(facts or {}), sort_keys=True)}
+    known = json.dumps({"rule": rule, **(facts or {})}, sort_keys=True)
+    return {"op_pattern": 8, RULE: rule, KERNEL: known}
 
 
 def facts_of(func: Any, rule: str) -> dict[str, Any] | None:
     """The facts of a kit kernel meant for `rule`, None for any other PrimFunc."""
     attrs = func.attrs
-    if attrs is None or RULE not in attrs or str(attrs[RULE]) != rule:
+    if attrs is None or KERNEL not in attrs:
         return None
     facts: dict[str, Any] = json.loads(str(attrs[KERNEL]))
-    return facts
+    return facts if facts.pop("rule") == rule else None
 
 
 @dataclass(frozen=True)
@@ -118,18 +119,14 @@ def define(facts: AttentionFacts, q: Any, k: Any, v: Any, *rest: Any) -> Any:
         s = _hidden(facts, s, key_mask, bias, offset)
     j0, j1, j2 = (te.reduce_axis((0, s_), name=f"j{n}") for n in range(3))
     m = te.compute(rows, lambda b, h, i: te.max(s[b, h, i, j0], axis=j0), name="attn_max")
-    e = te.compute(
-        pairs, lambda b, h, i, j: tirx.exp(s[b, h, i, j] - m[b, h, i]), name="attn_exp"
-    )
+    e = te.compute(pairs, lambda b, h, i, j: tirx.exp(s[b, h, i, j] - m[b, h, i]), name="attn_exp")
     z = te.compute(rows, lambda b, h, i: te.sum(e[b, h, i, j1], axis=j1), name="attn_sum")
     if facts.hides or facts.bias:
         total = z
         z = te.compute(rows, lambda *i: tirx.max(total(*i), f32(TINY)), name="attn_blind")
     o = te.compute(
         (b_, h_, t_, e_),
-        lambda b, h, i, c: te.sum(
-            e[b, h, i, j2] * wide(v[b, h // group, j2, c], dtype), axis=j2
-        ),
+        lambda b, h, i, c: te.sum(e[b, h, i, j2] * wide(v[b, h // group, j2, c], dtype), axis=j2),
         name="attn_values",
     )
     return te.compute(

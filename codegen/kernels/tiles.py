@@ -111,34 +111,38 @@ def panels(n: int, lanes: int) -> list[tuple[int, int]]:
     return whole + ([(padded - lanes, lanes)] if padded % (2 * lanes) else [])
 
 
-def fold(acc: Any, row: Any, lanes: int, op: Callable[[Any, Any], Any]) -> Any:
-    """Reduce the `lanes` values of acc[row, :] in place by halving; the result's expression."""
+def fold(acc: Any, lanes: int, op: Callable[[Any, Any], Any]) -> Any:
+    """Reduce the `lanes` values of acc[0, :] by halving; returns the result's expression."""
+    # On a copy: an accumulator that is also read in parts would not be kept in a register.
+    part = scratch(1, lanes)
+    with T.vectorized(0, lanes) as j:
+        T.buffer_store(part, acc[0, j], [0, j])
     half = lanes // 2
     while half:
         with T.vectorized(0, half) as j:
-            T.buffer_store(acc, op(acc[row, j], acc[row, half + j]), [row, j])
+            T.buffer_store(part, op(part[0, j], part[0, half + j]), [0, j])
         half //= 2
-    return acc[row, 0]
+    return part[0, 0]
 
 
 def reduce_row(
-    n: Any,
-    lanes: int,
-    value: Callable[[Any], Any],
-    op: Callable[[Any, Any], Any],
-    first: float,
-    *,
-    tail: int = 0,
+    n: Any, lanes: int, value: Callable[[Any], Any], op: Callable[[Any, Any], Any], first: float
 ) -> Any:
-    """op over value(j), j < n * lanes + tail, in vector lanes; returns the result's expression."""
+    """op over value(j), j < n (or n * lanes if n is an expression); the result's expression."""
+    tail = n % lanes if isinstance(n, int) else 0
+    blocks = n // lanes if isinstance(n, int) else n
     acc = scratch(1, lanes)
     fill(acc, 1, lanes, first)
-    with T.serial(0, n) as o, T.vectorized(0, lanes) as j:
+    with T.serial(0, blocks) as o, T.vectorized(0, lanes) as j:
         T.buffer_store(acc, op(acc[0, j], value(o * lanes + j)), [0, j])
-    if tail:
-        with T.serial(0, tail) as j:
-            T.buffer_store(acc, op(acc[0, 0], value(n * lanes + j)), [0, 0])
-    return fold(acc, 0, lanes, op)
+    result = fold(acc, lanes, op)
+    if not tail:
+        return result
+    one = scratch(1, 1)
+    T.buffer_store(one, result, [0, 0])
+    with T.serial(0, tail) as j:
+        T.buffer_store(one, op(one[0, 0], value(blocks * lanes + j)), [0, 0])
+    return one[0, 0]
 
 
 def build(func: Any, body: Callable[..., None]) -> Any:
@@ -152,5 +156,6 @@ def build(func: Any, body: Callable[..., None]) -> Any:
                 for n, b in enumerate(buffers)
             ]
             T.func_attr({"tirx.noalias": True})
-            body(*args)
+            with T.sblock("root"):
+                body(*args)
     return ib.get()

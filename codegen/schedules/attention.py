@@ -18,7 +18,7 @@ from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels.attention import MINIMUM, TINY, AttentionFacts, broadcast, facts_of
 from codegen.kernels.tiles import (
-    ROWS, build, imax, imin, load, panels, reduce_row, scratch, store, tile, up, vectors,
+    ROWS, build, fill, fold, imax, imin, load, panels, reduce_row, scratch, store, tile, up, vectors,
 )  # fmt: skip
 from codegen.kernels.vector_math import at_least, f32, vexp_nonpositive
 from codegen.rule import Rule
@@ -145,20 +145,22 @@ class _Kernel:
         return score if seen is None else tirx.Select(seen, score, f32(float("-inf")))
 
     def _softmax(self, sc: Any, total: Any, first: Any, last: Any) -> None:
-        lanes, start = self.lanes, first * self.width
-        steps = (last - first) * 2
+        """Exponentials in place of the scores, their sum into `total`."""
+        width, start = self.width, first * self.width
         with T.serial(0, self.rows) as i:
-
-            def score(j: Any, i: Any = i) -> Any:
-                return sc[i, start + j]
-
-            top = reduce_row(last - first, self.width, score, tirx.max, MINIMUM)
-            acc = scratch(1, 1)
-            T.buffer_store(acc, top, [0, 0])
-            with T.serial(0, steps) as o, T.vectorized(0, lanes) as x:
-                j = start + o * lanes + x
-                T.buffer_store(sc, vexp_nonpositive(sc[i, j] - acc[0, 0]), [i, j])
-            z = reduce_row(last - first, self.width, score, lambda a, b: a + b, 0.0)
+            row = i
+            top, acc = scratch(1, 1), scratch(1, width)
+            steps = last - first if not isinstance(last, int) else self.panels * width
+            peak = reduce_row(steps, width, lambda j: sc[row, start + j], tirx.max, MINIMUM)
+            T.buffer_store(top, peak, [0, 0])
+            fill(acc, 1, width)
+            with T.serial(0, last - first) as o:
+                with T.vectorized(0, width) as x:
+                    j = start + o * width + x
+                    T.buffer_store(sc, vexp_nonpositive(sc[i, j] - top[0, 0]), [i, j])
+                with T.vectorized(0, width) as x:
+                    T.buffer_store(acc, acc[0, x] + sc[i, start + o * width + x], [0, x])
+            z = fold(acc, width, lambda a, b: a + b)
             if self.facts.hides or self.facts.bias:
                 z = at_least(z, TINY)
             T.buffer_store(total, z, [i, 0])
@@ -188,9 +190,7 @@ class _Kernel:
                 width=width,
             )
         with T.serial(0, self.rows) as i, T.If(row + i < self.T), T.Then():
-            vectors(
-                self.E, self.lanes, lambda e: store(self.out, [b, h, row + i, e], ot[i, e])
-            )
+            vectors(self.E, self.lanes, lambda e: store(self.out, [b, h, row + i, e], ot[i, e]))
 
 
 class _Call:

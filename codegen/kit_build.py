@@ -1,0 +1,130 @@
+"""Build and run one form's kernels alone (for tests, verification and tuning)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+from tvm import relax, tirx
+
+from codegen.count import count
+from codegen.kit import Kit
+from codegen.schedule import schedule
+from codegen.target import Target
+from passes.errors import LoweringError
+from passes.form import Form, FormSpec
+from passes.opcount import OpCount
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a built form: its name, the rule that scheduled it, its operations."""
+
+    name: str
+    scheduled_by: str
+    ops: OpCount
+
+
+@dataclass(frozen=True)
+class BuiltForm:
+    """A compiled one-site module; `kernels` in order of definition (not of call)."""
+
+    kernels: tuple[Kernel, ...]
+    calls: tuple[str, ...]
+    library: Any
+    scheduled: Mapping[str, Any]
+
+    @property
+    def ops(self) -> OpCount:
+        """Operations of one run: each call counts."""
+        by_name = {k.name: k.ops for k in self.kernels}
+        total = OpCount()
+        for name in self.calls:
+            total = total + by_name[name]
+        return total
+
+
+def build_form(
+    form: Form,
+    spec: FormSpec,
+    params: Mapping[str, Array],
+    arrays: Mapping[str, Array],
+    target: Target,
+) -> BuiltForm:
+    """Lower `form` at one site with the shapes and types of `arrays` (q, k, v, key_mask, bias)."""
+    builder = relax.BlockBuilder()
+    given = {**arrays, **{f"param.{n}": a for n, a in params.items()}}
+    variables = {
+        n: relax.Var(n.replace(".", "_"), relax.TensorType(a.shape, str(a.dtype)))
+        for n, a in given.items()
+    }
+    with builder.function("main", list(variables.values())):
+        with builder.dataflow():
+            kit = Kit(builder, target)
+            out = form.kernel(
+                kit,
+                spec,
+                {n: variables[f"param.{n}"] for n in params},
+                *(variables.get(n) for n in ("q", "k", "v", "key_mask", "bias")),
+            )
+            result = builder.emit_output(out)
+        builder.emit_func_output(result)
+    return _finish(builder.get(), target)
+
+
+def _finish(mod: Any, target: Target) -> BuiltForm:
+    kernels, calls, scheduled = [], [], {}
+    for gv, func in list(mod.functions_items()):
+        if not isinstance(func, tirx.PrimFunc):
+            continue
+        outcome = schedule(func, target)
+        if not outcome.rule:
+            raise LoweringError(f"no rule took the kernel {gv.name_hint}: {outcome.crashes}")
+        kernels.append(Kernel(gv.name_hint, outcome.rule, count(func)))
+        scheduled[gv.name_hint] = outcome.func
+        mod[gv] = outcome.func.with_attr("global_symbol", gv.name_hint)
+    for block in mod["main"].body.blocks:
+        for binding in block.bindings:
+            value = binding.value
+            if isinstance(value, relax.Call) and value.op == tvm.ir.Op.get("relax.call_tir"):
+                calls.append(value.args[0].name_hint)
+    library = tvm.compile(mod, target=tvm.target.Target(dict(target.tvm)))
+    return BuiltForm(tuple(kernels), tuple(calls), library, scheduled)
+
+
+def run_built(built: BuiltForm, arrays: Mapping[str, Array], params: Mapping[str, Array]) -> Array:
+    """Run with the arrays it was built for (in the same order).
+
+    Freed memory the kernels may get is filled with NaN first, so that what a kernel forgets to
+    write does not look like a result.
+    """
+    vm = relax.VirtualMachine(built.library, tvm.cpu())
+    given = [tvm.runtime.tensor(a) for a in (*arrays.values(), *params.values())]
+    _poison(max((a.nbytes for a in arrays.values()), default=0))
+    result: Array = vm["main"](*given).numpy()
+    return result
+
+
+def _poison(nbytes: int) -> None:
+    junk = [np.full(max(nbytes // 4, 1), np.nan, "float32") for _ in range(4)]
+    del junk
+
+
+def run_form(
+    form: Form,
+    spec: FormSpec,
+    params: Mapping[str, Array],
+    arrays: Mapping[str, Array],
+    target: Target,
+) -> Array:
+    """The output [B, H, T, E] of `form` compiled alone for `target` and run once.
+
+    `arrays`: q, k, v and, where used, key_mask and bias; `params` the form's parameters.
+    """
+    return run_built(build_form(form, spec, params, arrays, target), arrays, params)
