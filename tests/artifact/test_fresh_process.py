@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from codegen.tvm_runtime import runtime_library
 from tests.artifact.conftest import Small
 
 ROOT = Path(__file__).parents[2]
@@ -69,10 +71,30 @@ def check_in_fresh(
     small.assert_right(dict(np.load(folder / "y.npz")), inputs)
 
 
+@pytest.mark.parametrize("package", ["codegen.runtime", "rewriter"])
 def test_neither_torch_nor_the_compiler_is_loaded(
-    small: Small, small_file: Path, tmp_path: Path
+    small: Small, small_file: Path, tmp_path: Path, package: str
 ) -> None:
-    check_in_fresh(small, small_file, tmp_path, RUN + NOTHING_HEAVY)
+    run = RUN.replace("codegen.runtime", package)
+    check_in_fresh(small, small_file, tmp_path, run + NOTHING_HEAVY)
+
+
+def test_a_runtime_library_elsewhere(small: Small, small_file: Path, tmp_path: Path) -> None:
+    """As on a board that has libtvm_runtime.so and no package named tvm."""
+    library = Path(shutil.copy(runtime_library(), tmp_path))
+    hide = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "tvm" else find(name, *a)
+"""
+    used = f"\nassert {str(library)!r} in open('/proc/self/maps').read()\n"
+    check_in_fresh(
+        small,
+        small_file,
+        tmp_path,
+        hide + RUN + NOTHING_HEAVY + used,
+        REWRITER_TVM_RUNTIME=str(library),
+    )
 
 
 @pytest.mark.parametrize(
