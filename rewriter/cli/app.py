@@ -19,6 +19,9 @@ VERBS = (
     "run", "verify", "bench", "report", "doctor", "demo",
 )  # fmt: skip
 
+# typer brings its own copy of click since 0.27: its base of all wrong use is found by name.
+WrongUse: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
 EPILOG = (
     "MODEL is a local Hugging Face folder, a hub id, a .pt2 file, package.module:factory, or a "
     "name listed by `rewriter models`. Add --debug to any command for tracebacks."
@@ -75,16 +78,14 @@ def _say(message: str) -> None:
 
 
 def _invoke(app: typer.Typer, argv: list[str]) -> int:
-    import click
-
     command: Any = typer.main.get_command(app)
     try:
         code = command.main(args=argv, prog_name="rewriter", standalone_mode=False)
-    except click.exceptions.Exit as done:
+    except typer.Exit as done:
         return int(done.exit_code)
-    except click.Abort as stop:
+    except typer.Abort as stop:
         raise KeyboardInterrupt from stop
-    except click.ClickException as wrong:
+    except WrongUse as wrong:
         wrong.show()
         return 2
     return code if isinstance(code, int) else 0
