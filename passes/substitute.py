@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from passes.traced import Traced
 
 FOLDER = "attention"
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
+KeyMasks: TypeAlias = dict[tuple[Node, bool], Node]  # (mask, windowed) -> key mask
 _ARGS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -128,10 +129,12 @@ def substitute(traced: Traced, sites: Sequence[AttentionSite], plan: Plan) -> Re
     nodes = {n.meta["attention_site"].id: n for n in module.graph.nodes if _is_site(n)}
     _check_names(sites, plan, nodes)
     device = _device(module)
-    for site in sites:
+    order = {node: i for i, node in enumerate(module.graph.nodes)}
+    key_masks: KeyMasks = {}
+    for site in sorted(sites, key=lambda s: order[nodes[s.id]]):
         form = _form(plan.choices.get(site.id))
         attention = AttentionModule(site, form).to(device).train(module.training)
-        _replace(module, nodes[site.id], attention)
+        _replace(module, nodes[site.id], attention, key_masks)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
@@ -186,12 +189,12 @@ def _device(module: nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _replace(module: GraphModule, node: Node, attention: AttentionModule) -> None:
+def _replace(module: GraphModule, node: Node, attention: AttentionModule, made: KeyMasks) -> None:
     """Put a call of `attention` in the place of an SDPA node."""
     target = _free_name(module, attention.site.id)
     module.add_submodule(target, attention)
     q, k, v, mask = (_argument(node, name) for name in _ARGS[:4])
-    key_mask, bias = _masks(node, mask, attention.site)
+    key_mask, bias = _masks(node, mask, attention.site, made)
     with node.graph.inserting_before(node):
         call = node.graph.call_module(target, (q, k, v, key_mask, bias))
     call.meta = dict(node.meta)
@@ -214,8 +217,13 @@ def _argument(node: Node, name: str) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name)
 
 
-def _masks(node: Node, mask: Node | None, site: AttentionSite) -> tuple[Node | None, Node | None]:
-    """(key_mask, bias) as the site's mask asks; both None where the spec says all."""
+def _masks(
+    node: Node, mask: Node | None, site: AttentionSite, made: KeyMasks
+) -> tuple[Node | None, Node | None]:
+    """(key_mask, bias) as the site's mask asks; both None where the spec says all.
+
+    Sites that share a mask share the key mask cut out of it.
+    """
     facts = site.mask
     if not (facts.padding or facts.bias or facts.unknown):
         return None, None
@@ -223,10 +231,13 @@ def _masks(node: Node, mask: Node | None, site: AttentionSite) -> tuple[Node | N
         raise FormError(f"{site.id}: a {facts.kind} mask is expected, but the node has no tensor")
     if facts.bias or facts.unknown:
         return None, mask
-    return _key_mask(Builder(node), mask, site), None
+    key = (mask, facts.window is not None)
+    if key not in made:
+        made[key] = _key_mask(Builder(node), mask, windowed=key[1])
+    return made[key], None
 
 
-def _key_mask(build: Builder, mask: Node, site: AttentionSite) -> Node:
+def _key_mask(build: Builder, mask: Node, *, windowed: bool) -> Node:
     """[B or 1, S] bool out of a mask broadcastable to [B, H, T, S] (bool, or float 0 / -large).
 
     The last query sees every key that is not padding; under a window no single one does, so
@@ -237,7 +248,7 @@ def _key_mask(build: Builder, mask: Node, site: AttentionSite) -> Node:
     rank = value.dim()
     if value.dtype != torch.bool:
         mask = build.call(aten.gt.Scalar, mask, HIDDEN / 2)
-    if rank >= 2 and site.mask.window is not None:
+    if rank >= 2 and windowed:
         mask = build.call(aten.any.dim, mask, -2)
     elif rank >= 2:
         mask = build.call(aten.select.int, mask, -2, -1)

@@ -60,6 +60,15 @@ def test_a_kept_model_computes_what_it_did(groups: int) -> None:
     assert [s for s in labels if s is not None] == list(made.sites)
 
 
+def test_sites_that_share_a_mask_share_the_key_mask() -> None:
+    model, inputs = encoder()
+    traced, sites = canonical(model, inputs, PADDED)
+    made = substitute(traced, sites[::-1], Plan({}))
+    calls = [n for n in made.module.graph.nodes if n.op == "call_module"]
+    assert calls[0].args[3] is calls[1].args[3]
+    torch.testing.assert_close(made.module(**inputs), model(**inputs))
+
+
 def test_the_traced_model_is_not_touched() -> None:
     made, inputs, traced, _ = rewritten("hedgehog")
     before = traced.module(**inputs).clone()
