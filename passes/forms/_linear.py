@@ -248,8 +248,9 @@ def linear_attention_ops(site: AttentionSite, r: int) -> OpCount:
     read           mul and add B*H*T*r*E
     denominator    mul and add B*H*T*r, max B*H*T (clamp)
     divide         div B*H*T*E
-    Causal adds, with T' = T rounded up to whole chunks of C = min(CHUNK, T) tokens (then T = S
-    is asked, and T' stands for T and S in the lines above, except clamp, divide and key mask):
+    Causal: queries are rounded up to T' tokens, whole chunks of C = min(CHUNK, T), and meet as
+    many keys, after max(S - T, 0) older keys that only enter the state. T' stands for T and
+    T' + max(S - T, 0) for S in the lines above, except clamp, divide and key mask; added are
     scores         mul and add B*H*T'*C*r, select B*H*T'*C (the triangle)
     inside         mul and add B*H*T'*C*E
     its row sums   add B*H*T'*C
@@ -265,7 +266,7 @@ def linear_attention_ops(site: AttentionSite, r: int) -> OpCount:
     if site.mask.causal:
         c = min(CHUNK, t)
         whole = -(-t // c) * c
-        qt, kt = b * h * whole, b * g * (whole + s - t)
+        qt, kt = b * h * whole, b * g * (whole + max(s - t, 0))
         chunk = qt * c
         divide = divide + OpCount.of(
             count_dtype(site), mul=chunk * (r + e), add=chunk * (r + e + 1), select=chunk

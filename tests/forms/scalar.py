@@ -105,19 +105,23 @@ class Scalar:
         return [self.div(x, bottom) for x in top]
 
     def causal(self, fq: list[Rows], fk: Rows, v: Rows, chunk: int, eps: float) -> list[Rows]:
-        """Chunks of min(chunk, T) tokens, the last one filled up with zeros."""
-        tokens, width = len(fk), len(v[0])
+        """Chunks of min(chunk, T) queries, the last one filled up with zeros; older keys first."""
+        tokens, width, old = len(fq[0]), len(v[0]), len(fk) - len(fq[0])
         chunk = min(chunk, tokens)
         fill = -tokens % chunk
-        zero = [[0.0] * len(fk[0])] * fill
-        fk, v = fk + zero, v + [[0.0] * width] * fill
         state = [[0.0] * width for _ in fk[0]]
         z = [0.0] * len(fk[0])
+        for key, value in zip(fk[: max(old, 0)], v[: max(old, 0)], strict=True):
+            self.update(state, z, key, value)
+        zero = [[0.0] * len(fk[0])]
+        before, after = max(-old, 0), fill
+        fk = zero * before + fk[max(old, 0) :] + zero * after
+        v = [[0.0] * width] * before + v[max(old, 0) :] + [[0.0] * width] * after
         out: list[Rows] = [[] for _ in fq]
         for start in range(0, tokens + fill, chunk):
             keys, values = fk[start : start + chunk], v[start : start + chunk]
             for head, rows in enumerate(fq):
-                for i, row in enumerate((rows + zero)[start : start + chunk]):
+                for i, row in enumerate((rows + zero * fill)[start : start + chunk]):
                     real = start + i < tokens
                     out[head] += self.chunk_row(row, i, keys, values, state, z, eps if real else 0)
             for key, value in zip(keys, values, strict=True):

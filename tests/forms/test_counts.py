@@ -85,6 +85,8 @@ SITES: dict[str, dict[str, Any]] = {
     "padding": {"padding": True},
     "causal": {"causal": True, "T": 7, "H": 2, "G": 1},
     "causal+padding": {"causal": True, "padding": True, "T": 8},
+    "causal, older keys": {"causal": True, "T": 4, "S": 9, "padding": True},
+    "causal, blind queries": {"causal": True, "T": 8, "S": 5},
     "bias": {"bias": True},
 }
 PAIRS = [
