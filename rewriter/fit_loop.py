@@ -26,8 +26,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Task:
     """What a loop minimises.
 
-    `loss(step)` gives the training loss of a step, `validate()` the loss that decides what is
-    best; `rates` the learning rate of each parameter by name. `steps` 0: only time counts.
+    `loss(step, done)` gives the training loss of a step (`done` is the share of the task done),
+    `validate()` the loss that decides what is best; `rates` the learning rate
+    of each parameter by name. `steps` 0: only time counts.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Task:
     site: str
     params: Mapping[str, nn.Parameter]
     rates: Mapping[str, float]
-    loss: Callable[[int], Tensor]
+    loss: Callable[[int, float], Tensor]
     validate: Callable[[], float]
     seconds: float
     steps: int = 0
@@ -128,12 +129,13 @@ class Loop:
 
     def _step(self) -> None:
         state = self.state
-        fall = 0.5 + 0.5 * math.cos(math.pi * min(self._fraction(), 1.0))
+        done = min(self._fraction(), 1.0)
+        fall = 0.5 + 0.5 * math.cos(math.pi * done)
         factor = state.lr_factor * min(1.0, (state.step + 1) / WARM_UP) * fall
         for group in self.optimiser.param_groups:
             group["lr"] = self.task.rates[group["name"]] * factor
         self.optimiser.zero_grad(set_to_none=True)
-        loss = self.task.loss(state.step)
+        loss = self.task.loss(state.step, done)
         state.step += 1
         if not bool(torch.isfinite(loss.detach())):
             return self._skip()

@@ -1,0 +1,150 @@
+"""Fitting the whole model: short distillation of the original's outputs, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passes.plan import Plan
+from passes.substitute import Rewritten, substitute
+from rewriter.fit_loop import Task, shuffled
+from rewriter.fit_loss import floating, model_loss
+from rewriter.fit_report import Recipe
+from rewriter.linears import Linear, hidden_nodes, input_projections, output_projection
+from rewriter.taps import Tapped
+
+Batches = Sequence[Mapping[str, Tensor]]
+Targets = tuple[list[Tensor], list[Tensor]]  # outputs, hidden states
+
+
+def teacher_of(rewritten: Rewritten) -> Rewritten:
+    """The original: the same graph with `exact` at every site and the traced weights."""
+    teacher = substitute(rewritten.traced, rewritten.sites, Plan({}))
+    for param in teacher.module.parameters():
+        param.requires_grad_(False)
+    return teacher
+
+
+class Teacher:
+    """The original's outputs and hidden states of each batch; kept in float16 up to a limit."""
+
+    def __init__(self, teacher: Rewritten, batches: Batches, max_bytes: int) -> None:
+        self.batches, self.max_bytes, self.held = batches, max_bytes, 0
+        self.model = Tapped(teacher.module, hidden_nodes(teacher))
+        self.kept: dict[int, Targets] = {}
+
+    @torch.no_grad()
+    def __call__(self, index: int) -> Targets:
+        """(floating outputs, hidden states) of a batch."""
+        if index in self.kept:
+            return self.kept[index]
+        outputs, hidden = self.model(**self.batches[index])
+        # float16 holds what float32 activations say to three digits; larger values stay as they are
+        small = [_half(t) for t in hidden]
+        made = (floating(outputs), small)
+        size = sum(t.numel() * t.element_size() for part in made for t in part)
+        if self.held + size <= self.max_bytes:
+            self.kept[index] = made
+            self.held += size
+        return made
+
+
+def _half(value: Tensor) -> Tensor:
+    small = value.half()
+    return small if bool(torch.isfinite(small).all()) else value
+
+
+def end_task(
+    rewritten: Rewritten,
+    teacher: Rewritten,
+    batches: Batches,
+    validation: Batches,
+    recipe: Recipe,
+    seconds: float,
+    seed: int,
+) -> Task:
+    """The end-to-end stage over all calibration batches."""
+    student = Tapped(rewritten.module, hidden_nodes(rewritten))
+    targets = Teacher(teacher, batches, recipe.cache_bytes)
+    wanted = Teacher(teacher, validation, recipe.cache_bytes // 4)
+
+    def loss(step: int, done: float) -> Tensor:
+        index = shuffled(step, len(batches), seed, "end")
+        outputs, hidden = targets(index)
+        got, mine = student(**batches[index])
+        pairs = list(zip(mine, hidden, strict=True))
+        return model_loss(floating(got), outputs, pairs, batches[index])
+
+    @torch.no_grad()
+    def validate() -> float:
+        total = 0.0
+        for index, batch in enumerate(validation):
+            got = floating(student(**batch)[0])
+            total += float(model_loss(got, wanted(index)[0], [], batch))
+        return total / len(validation)
+
+    params, rates = trainable(rewritten, recipe)
+    return Task("end", "end to end", "", params, rates, loss, validate, seconds, recipe.end_steps)
+
+
+def trainable(
+    rewritten: Rewritten, recipe: Recipe
+) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
+    """(parameters of the end-to-end stage by name, their learning rates); a tied one once."""
+    forms = form_names(rewritten)
+    rates = dict.fromkeys(forms, recipe.form_lr)
+    if recipe.train == "projections":
+        rates |= dict.fromkeys(projection_names(rewritten), recipe.weight_lr)
+    named = dict(rewritten.module.named_parameters())
+    if recipe.train == "layers":
+        skip = _tables(rewritten)
+        layers = [n for n, p in named.items() if id(p) not in skip and n not in rates]
+        rates |= dict.fromkeys(layers, recipe.weight_lr)
+    params = {n: named[n] for n in rates if n in named and named[n].is_floating_point()}
+    return params, {n: rates[n] for n in params}
+
+
+def form_names(rewritten: Rewritten) -> list[str]:
+    """Names of the parameters of the rewritten sites' forms."""
+    return [
+        f"{prefix}{name}"
+        for site in rewritten.plan.rewritten
+        for prefix in [form_prefix(rewritten, site)]
+        for name in rewritten.attention(site).params
+    ]
+
+
+def form_prefix(rewritten: Rewritten, site: str) -> str:
+    """Where the parameters of a site's form are in the module's names."""
+    module = rewritten.attention(site)
+    name = next(n for n, m in rewritten.module.named_modules() if m is module)
+    return f"{name}.params."
+
+
+def projections(rewritten: Rewritten, site: str) -> list[Linear]:
+    """The q, k, v and output projections that serve this site alone."""
+    output, _ = output_projection(rewritten, site)
+    return input_projections(rewritten, site) + ([output] if output is not None else [])
+
+
+def projection_names(rewritten: Rewritten) -> list[str]:
+    """Parameter names of the projections of all rewritten sites, each once."""
+    sites = rewritten.plan.rewritten
+    names = [n for s in sites for p in projections(rewritten, s) for n in p.names]
+    return list(dict.fromkeys(names))
+
+
+def _tables(rewritten: Rewritten) -> set[int]:
+    """ids of parameters used by an embedding lookup (a head tied to one is left alone too)."""
+    module: Any = rewritten.module
+    found: set[int] = set()
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default:
+            table = node.args[0]
+            if table.op == "get_attr":
+                path, _, leaf = str(table.target).rpartition(".")
+                found.add(id(getattr(module.get_submodule(path), leaf)))
+    return found

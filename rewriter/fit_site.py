@@ -1,0 +1,181 @@
+"""Fitting one site: its form's parameters, against the softmax attention that stood there."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from passes.substitute import AttentionModule, Rewritten
+from rewriter.capture import Call
+from rewriter.fit_loop import Task, shuffled
+from rewriter.fit_loss import divergence, output_error, row_mask
+from rewriter.fit_report import Recipe
+from rewriter.linears import Linear, output_projection
+from rewriter.ridge import Refit, refit
+
+MEASURED = 4  # calls of a site that decide and measure
+
+
+def few(calls: Sequence[Call], tokens: int) -> list[Call]:
+    """At most `MEASURED` of the calls, evenly over all lengths, each cut to about 2 `tokens`."""
+    step = max(1, len(calls) // MEASURED)
+    return [_cut(c, 0, 2 * tokens) for c in calls[step // 2 :: step][:MEASURED]]
+
+
+def _cut(call: Call, start: int, tokens: int) -> Call:
+    samples = max(1, tokens // max(call.q.shape[2], call.k.shape[2]))
+    return call.rows(start, start + samples)
+
+
+@torch.no_grad()
+def measure(attention: AttentionModule, calls: Sequence[Call]) -> tuple[float, float]:
+    """(relative error of the attention output, KL divergence of the weights), means over calls."""
+    errors = [float(output_error(attention, c)) for c in calls]
+    gaps = [float(divergence(attention, c)) for c in calls]
+    return (sum(errors) / len(errors)) ** 0.5, sum(gaps) / len(gaps)
+
+
+@torch.no_grad()
+def choose_scale(
+    attention: AttentionModule, calls: Sequence[Call], scales: Sequence[float]
+) -> float:
+    """Multiply the form's fresh parameters by the one of `scales` with the least divergence."""
+    fresh = {n: p.detach().clone() for n, p in attention.params.items()}
+    found: list[tuple[float, float]] = []
+    for scale in scales:
+        _set(attention, fresh, scale)
+        gap = sum(float(divergence(attention, c)) for c in calls)
+        if gap == gap:  # not NaN
+            found.append((gap, scale))
+    best = min(found)[1] if found else 1.0
+    _set(attention, fresh, best)
+    return best
+
+
+def _set(attention: AttentionModule, values: dict[str, Tensor], scale: float) -> None:
+    for name, param in attention.params.items():
+        param.copy_(values[name] * scale)
+
+
+def site_task(
+    rewritten: Rewritten,
+    site: str,
+    calls: Sequence[Call],
+    recipe: Recipe,
+    seconds: float,
+    seed: int,
+    prefix: str,
+) -> Task:
+    """Attention weights first, then outputs, on the original's own q, k and v."""
+    attention = rewritten.attention(site)
+    held, used = split(calls)
+    test = few(held, recipe.tokens)
+    name = f"site {site}"
+    steps = recipe.site_steps
+
+    def loss(step: int, done: float) -> Tensor:
+        call = _draw(used, step, recipe.tokens, seed, name)
+        return divergence(attention, call) if done < 0.5 else output_error(attention, call)
+
+    def validate() -> float:
+        error, gap = measure(attention, test)
+        return error**2 + 0.25 * gap
+
+    params = {f"{prefix}{n}": p for n, p in attention.params.items()}
+    rates = dict.fromkeys(params, recipe.site_lr)
+    return Task(name, "sites", site, params, rates, loss, validate, seconds, steps)
+
+
+def sequential_task(
+    rewritten: Rewritten,
+    site: str,
+    calls: Sequence[Call],
+    recipe: Recipe,
+    seconds: float,
+    seed: int,
+    prefix: str,
+) -> Task:
+    """Outputs only: q, k and v of the rewritten model so far, the original's attention output."""
+    attention = rewritten.attention(site)
+    held, used = split(calls)
+    test = few(held, recipe.tokens)
+    name = f"sequential {site}"
+
+    def loss(step: int, done: float) -> Tensor:
+        return output_error(attention, _draw(used, step, recipe.tokens, seed, name))
+
+    @torch.no_grad()
+    def validate() -> float:
+        return sum(float(output_error(attention, c)) for c in test) / len(test)
+
+    params = {f"{prefix}{n}": p for n, p in attention.params.items()}
+    rates = dict.fromkeys(params, recipe.site_lr / 4)
+    steps = recipe.site_steps
+    return Task(name, "sequential", site, params, rates, loss, validate, seconds, steps)
+
+
+def split(calls: Sequence[Call]) -> tuple[list[Call], list[Call]]:
+    """(to measure, to train): every eighth call measures; the same ones where there are few."""
+    if len(calls) < 8:
+        return list(calls), list(calls)
+    return list(calls[4::8]), [c for i, c in enumerate(calls) if i % 8 != 4]
+
+
+def _draw(calls: Sequence[Call], step: int, tokens: int, seed: int, name: str) -> Call:
+    call = calls[shuffled(step, len(calls), seed, name)]
+    samples = max(1, tokens // max(call.q.shape[2], call.k.shape[2]))
+    spare = len(call.q) - samples
+    start = random.Random(f"{seed} {name} rows {step}").randint(0, spare) if spare > 0 else 0
+    return call.rows(start, start + samples)
+
+
+@torch.no_grad()
+def refit_projection(
+    rewritten: Rewritten, site: str, calls: Sequence[Call]
+) -> tuple[Refit | None, list[str], str]:
+    """Closed-form refit of the layer after a site, in place.
+
+    `calls` hold the rewritten model's own q, k, v and, as `out`, the original's attention output.
+    Returns (what was done, names of the parameters changed, why nothing was done).
+    """
+    linear, why = output_projection(rewritten, site)
+    if linear is None:
+        return None, [], why
+    attention = rewritten.attention(site)
+    weight, bias = _values(rewritten, linear)
+    inputs, wanted = [], []
+    for call in calls:
+        keep = row_mask(attention, call)[:, 0, :, 0].bool()
+        got = attention(call.q, call.k, call.v, call.key_mask, call.bias)
+        inputs.append(_rows(got)[keep])
+        wanted.append(F.linear(_rows(call.out)[keep], weight, bias))
+    x, y = torch.cat(inputs), torch.cat(wanted)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    done = refit(x[order], y[order], weight, bias)
+    if done.penalty == 0:
+        return done, [], "no penalty did better than the old weights"
+    _assign(rewritten, linear, done)
+    return done, linear.names, ""
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """[B, H, T, E] -> [B, T, H * E]."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _values(rewritten: Rewritten, linear: Linear) -> tuple[Tensor, Tensor | None]:
+    state = dict(rewritten.module.named_parameters(remove_duplicate=False))
+    weight = state[linear.weight].detach()
+    bias = None if linear.bias is None else state[linear.bias].detach()
+    return (weight.T if linear.transposed else weight), bias
+
+
+def _assign(rewritten: Rewritten, linear: Linear, done: Refit) -> None:
+    state = dict(rewritten.module.named_parameters(remove_duplicate=False))
+    state[linear.weight].copy_(done.weight.T if linear.transposed else done.weight)
+    if linear.bias is not None and done.bias is not None:
+        state[linear.bias].copy_(done.bias)
