@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tvm
-from tvm import relax
+from tvm import ir, relax
 
 from codegen.kernels import activations, norm, reductions, softmax
 from codegen.target import Target
@@ -60,9 +60,7 @@ def _scalar(name: str, fn: Any) -> Lowering:
     def lower(bb: Any, call: Any) -> Any | None:
         if dtype_of(call.args[0]) not in _FLOATS:
             return None
-        return bb.call_te(
-            activations.elementwise(fn, name), call.args[0], primfunc_name_hint=name
-        )
+        return bb.call_te(activations.elementwise(fn, name), call.args[0], primfunc_name_hint=name)
 
     return lower
 
@@ -135,4 +133,4 @@ def _reduction(kind: str) -> Lowering:
 
 def as_constant(value: Any) -> Any | None:
     """The numpy array of a Relax constant, None for anything else."""
-    return value.value.numpy() if isinstance(value, relax.Constant) else None
+    return value.value.numpy() if isinstance(value, ir.GenericConst) else None

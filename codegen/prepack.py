@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from tvm import relax
+from tvm import ir, relax
 from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
 
 from codegen.kernels import conv, dense
@@ -49,12 +49,12 @@ class _ConstantUses(PyExprVisitor):  # type: ignore[misc]
 
     def visit_call_(self, op: Any) -> None:
         name = getattr(op.op, "name", "")
-        if name == "relax.permute_dims" and isinstance(op.args[0], relax.Constant):
+        if name == "relax.permute_dims" and isinstance(op.args[0], ir.GenericConst):
             return
         for at, arg in enumerate(op.args):
-            if isinstance(arg, relax.Constant) and not (name == "relax.matmul" and at == 1):
+            if isinstance(arg, ir.GenericConst) and not (name == "relax.matmul" and at == 1):
                 self.elsewhere.add(_identity(arg))
-            elif not isinstance(arg, relax.Constant):
+            elif not isinstance(arg, ir.GenericConst):
                 self.visit_expr(arg)
 
 
@@ -77,6 +77,8 @@ class _Prepack(PyExprMutator):  # type: ignore[misc]
             made = self._matmul(call)
         elif name == "relax.nn.conv2d":
             made = self._conv2d(call)
+        elif name == "relax.nn.conv1d":
+            made = self._conv1d(call)
         return call if made is None else made
 
     # matrix products
@@ -113,20 +115,23 @@ class _Prepack(PyExprMutator):  # type: ignore[misc]
     def _weight(self, y: Any) -> tuple[Any | None, Any | None]:
         """(array [N, K], the constant itself if it must stay as it is), or (None, None)."""
         value = self._definition(y)
-        if isinstance(value, relax.Constant) and value.ty.ndim == 2:
+        if isinstance(value, ir.GenericConst) and value.ty.ndim == 2:
             return np.ascontiguousarray(value.value.numpy().T), None
         if getattr(getattr(value, "op", None), "name", "") != "relax.permute_dims":
             return None, None
         source = self._definition(value.args[0])
-        if not isinstance(source, relax.Constant) or source.ty.ndim != 2:
+        if not isinstance(source, ir.GenericConst) or source.ty.ndim != 2:
             return None, None
         shared = _identity(source) in self.uses.elsewhere
         return source.value.numpy(), source if shared else None
 
     def _definition(self, value: Any) -> Any:
-        if isinstance(value, relax.Var):
-            return self.uses.definitions.get(value) or self.lookup_binding(value) or value
-        return value
+        if not isinstance(value, relax.Var):
+            return value
+        bound = self.lookup_binding(value)
+        if bound is None:
+            bound = self.uses.definitions.get(value)
+        return value if bound is None else bound
 
     def _rows(self, x: Any) -> Any:
         """x as [T, K] or [B, T, K] with T > 1: leading axes that do not matter are joined."""
@@ -155,10 +160,29 @@ class _Prepack(PyExprMutator):  # type: ignore[misc]
         plain = attrs.data_layout == "NCHW" and attrs.kernel_layout == "OIHW"
         if weight is None or not plain or dtype_of(x) != "float32":
             return None
+        shape = conv.ConvShape(_pair(attrs.strides), _four(attrs.padding), _pair(attrs.dilation))
+        return self._convolution(x, weight, shape, int(attrs.groups))
+
+    def _conv1d(self, call: Any) -> Any | None:
+        """As a 2-D convolution of images one pixel high."""
+        x, attrs = call.args[0], call.attrs
+        weight = as_constant(self._definition(call.args[1]))
+        plain = attrs.data_layout == "NCW" and attrs.kernel_layout == "OIW"
+        if weight is None or not plain or dtype_of(x) != "float32":
+            return None
+        left, *rest = (int(p) for p in attrs.padding)
+        right = rest[0] if rest else left
         shape = conv.ConvShape(
-            _pair(attrs.strides), _four(attrs.padding), _pair(attrs.dilation)
+            (1, int(attrs.strides[0])), (0, left, 0, right), (1, int(attrs.dilation[0]))
         )
-        groups, kernel = int(attrs.groups), tuple(int(n) for n in weight.shape[2:])
+        batch, channels, width = _shape(x)
+        image = self._reshaped(x, [batch, channels, 1, width])
+        y = self._convolution(image, weight[:, :, None], shape, int(attrs.groups))
+        out, _, wide = (s for i, s in enumerate(_shape(y)) if i)
+        return self._reshaped(y, [batch, out, wide])
+
+    def _convolution(self, x: Any, weight: Any, shape: conv.ConvShape, groups: int) -> Any:
+        kernel = tuple(int(n) for n in weight.shape[2:])
         if groups > 1:
             return self._te(
                 lambda a, w: conv.grouped_conv2d(a, w, groups, shape),

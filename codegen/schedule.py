@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import tvm
+import tvm_ffi
 from tvm import tirx
 
 from codegen.rule import Rule
@@ -43,8 +43,8 @@ def rules() -> tuple[Rule, ...]:
 
 def workload_key(func: Any) -> str:
     """A stable name of a kernel's computation, the same in every process."""
-    plain = tirx.PrimFunc(func.params, func.body, func.ret_type, func.buffer_map)
-    return f"{tvm.ir.structural_hash(plain, map_free_vars=True) & (2**64 - 1):016x}"
+    plain = tirx.PrimFunc(func.params, func.body, func.ret_type)
+    return f"{tvm_ffi.structural_hash(plain, map_free_vars=True) & (2**64 - 1):016x}"
 
 
 def schedule(func: Any, target: Target, tuned: Tuned | None = None) -> Outcome:

@@ -77,10 +77,7 @@ def batch_matmul(x: Any, y: Any, target: Target) -> Any:
     *lead_x, rows, depth = (int(d) for d in x.shape)
     *lead_y, _, columns = (int(d) for d in y.shape)
     rank = max(len(lead_x), len(lead_y))
-    lead = tuple(
-        max(a, b)
-        for a, b in zip(_ones(lead_x, rank), _ones(lead_y, rank), strict=True)
-    )
+    lead = tuple(max(a, b) for a, b in zip(_ones(lead_x, rank), _ones(lead_y, rank), strict=True))
     nt = panel_width(target)
     panels = te.compute(
         (*lead_y, -(-columns // nt), depth, nt),
@@ -101,9 +98,7 @@ def batch_matmul(x: Any, y: Any, target: Target) -> Any:
 
 def _product(x: Any, panel: Any, columns: int, nt: int, target: Target) -> Any:
     *lead, rows, depth = (int(d) for d in x.shape)
-    return _tiles(
-        tuple(lead), rows, depth, columns, lambda b, r, k: x(*b, r, k), panel, nt, target
-    )
+    return _tiles(tuple(lead), rows, depth, columns, lambda b, r, k: x(*b, r, k), panel, nt, target)
 
 
 def _tiles(

@@ -49,6 +49,8 @@ def row_reduce(
     name: str,
 ) -> Any:
     """Tensor of shape `lead`: `value(*i, j)` reduced over j in 0..width by `reducer`."""
+    while lanes > 1 and width < lanes:
+        lanes //= 2
     whole = width // lanes
     parts = []
     if whole:

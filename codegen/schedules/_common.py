@@ -19,6 +19,7 @@ class Blocks:
 
     def __init__(self, func: Any) -> None:
         self.sch = st.Schedule(func)
+        self.params = list(func.params)
         self.list = list(self.sch.get_child_blocks(self.sch.get_sblock("root")))
         self.names = [self.sch.get(b).name_hint for b in self.list]
 
@@ -83,13 +84,13 @@ def fuse_all(sch: Any, loops: list[Any]) -> Any:
     return sch.fuse(*loops) if len(loops) > 1 else loops[0]
 
 
-def inline_into_last(blocks: Blocks, keep: set[str]) -> None:
-    """Inline every data-parallel block but the last one and those named in `keep`."""
-    for block, name in zip(blocks.list[:-1], blocks.names[:-1], strict=True):
-        if name not in keep and not blocks.reduces(block):
+def inline_all(blocks: Blocks) -> list[Any]:
+    """Inline every data-parallel block that is no output; the blocks that are left."""
+    left = []
+    for block in blocks.list:
+        writes = blocks.sch.get(block).writes
+        if blocks.reduces(block) or any(w.source.same_as(p) for w in writes for p in blocks.params):
+            left.append(block)
+        else:
             blocks.sch.compute_inline(block)
-
-
-def accumulate(sch: Any, block: Any, reduce_loop: Any) -> None:
-    """Split the initial value off a reduction and vectorise it where its last loop was."""
-    sch.decompose_reduction(block, reduce_loop)
+    return left

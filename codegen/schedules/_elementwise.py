@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import tvm
+import tvm_ffi
 
 from codegen.schedules._common import SMALL, even_parts, extent, fuse_all, size, vector_split
 from codegen.target import Target
@@ -48,11 +48,11 @@ def _flat(sch: Any, block: Any) -> bool:
 
 
 def _straight(access: Any, axes: list[Any], shape: list[int]) -> bool:
-    buffer = access.buffer
+    buffer = access.source
     if len(buffer.shape) == 0:
         return True
     if [int(d) for d in buffer.shape] != shape:
         return False
     return all(
-        tvm.ir.structural_equal(r.min, axis) for r, axis in zip(access.region, axes, strict=True)
+        tvm_ffi.structural_equal(r.min, axis) for r, axis in zip(access.region, axes, strict=True)
     )

@@ -42,7 +42,11 @@ def schedule_rows(blocks: Blocks, row_axes: int, target: Target) -> Any:
 
 def _stage(sch: Any, block: Any, name: str, blocks: Blocks, target: Target) -> None:
     if name.endswith("_lanes"):
-        *_, lane, k = sch.get_loops(block)
+        lane, *depth = sch.get_loops(block)[2:]  # below the two loops over rows
+        if not depth:  # a single vector: compute_at dropped the loop of one turn
+            sch.vectorize(lane)
+            return
+        (k,) = depth
         sch.reorder(k, lane)
         sch.vectorize(lane)
         init = sch.decompose_reduction(block, k)

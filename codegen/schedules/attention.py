@@ -18,8 +18,21 @@ from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels.attention import MINIMUM, TINY, AttentionFacts, broadcast, facts_of
 from codegen.kernels.tiles import (
-    ROWS, build, fill, fold, imax, imin, load, panels, reduce_row, scratch, store, tile, up, vectors,
-)  # fmt: skip
+    ROWS,
+    build,
+    fill,
+    fold,
+    imax,
+    imin,
+    load,
+    panels,
+    reduce_row,
+    scratch,
+    store,
+    tile,
+    up,
+    vectors,
+)
 from codegen.kernels.vector_math import at_least, f32, vexp_nonpositive
 from codegen.rule import Rule
 from codegen.target import Target
@@ -211,8 +224,9 @@ def apply(func: Any, target: Target) -> Any | None:
     facts = AttentionFacts.from_json(data)
 
     def body(*args: Any) -> None:
-        key_mask, bias = facts.split(list(args[3:-1]))
-        _Kernel(facts, target.lanes, *args[:3], key_mask, bias, args[-1]).write()
+        q, k, v, *rest, out = args
+        key_mask, bias = facts.split(rest)
+        _Kernel(facts, target.lanes, q, k, v, key_mask, bias, out).write()
 
     return tvm.s_tir.Schedule(build(func, body))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from codegen.rule import Rule
-from codegen.schedules._common import Blocks, inline_into_last
+from codegen.schedules._common import Blocks, inline_all
 from codegen.schedules._elementwise import spread
 from codegen.target import Target
 
@@ -15,8 +15,8 @@ def apply(func: Any, target: Target) -> Any | None:
     blocks = Blocks(func)
     if not blocks.list or any(blocks.reduces(b) for b in blocks.list):
         return None
-    inline_into_last(blocks, keep=set())
-    spread(blocks.sch, blocks.list[-1], target)
+    for block in inline_all(blocks):
+        spread(blocks.sch, block, target)
     return blocks.sch
 
 

@@ -1,4 +1,4 @@
-"""Rules ``linear_attention`` and ``linear_attention_causal`` share this file's register tiles.
+"""Rule ``linear_attention``: bidirectional and causal, in register tiles.
 
 Bidirectional: the state of each (batch, key head) is summed in parallel pieces of the sequence,
 the pieces are added, and row tiles read it. Causal: each (batch, key head) walks its chunks in
@@ -16,8 +16,19 @@ from tvm.tirx.script.builder import ir as T
 from codegen.kernels.attention import facts_of
 from codegen.kernels.linear_attention import CHUNK
 from codegen.kernels.tiles import (
-    ROWS, build, fill, fold, imin, load, panels, reduce_row, scratch, store, tile, up, vectors,
-)  # fmt: skip
+    ROWS,
+    build,
+    fill,
+    imin,
+    load,
+    panels,
+    reduce_row,
+    scratch,
+    store,
+    tile,
+    up,
+    vectors,
+)
 from codegen.kernels.vector_math import at_least, f32
 from codegen.rule import Rule
 from codegen.target import Target
@@ -186,16 +197,15 @@ class _Causal(_Shared):
                 start = c * self.size
                 self._load(b, g, start)
                 with T.If(start + self.size > self.offset), T.Then():
-                    with T.serial(0, self.group) as part:
-                        with T.serial(0, self.size // ROWS) as block:
-                            self._rows(b, g * self.group + part, start, block)
+                    number = self.size // ROWS
+                    with T.serial(0, self.group * number) as n:
+                        self._rows(b, g * self.group + n // number, start, n % number)
                 self._absorb()
 
     def _blind(self, b: Any, g: Any) -> None:
         """Queries before the first key see nothing."""
-        with T.serial(0, self.group) as part, T.serial(0, -self.offset) as i:
-            with T.serial(0, self.E) as e:
-                store(self.out, [b, g * self.group + part, i, e], f32(0.0))
+        with T.grid(self.group, min(-self.offset, self.T), self.E) as (part, i, e):
+            store(self.out, [b, g * self.group + part, i, e], f32(0.0))
 
     def _load(self, b: Any, g: Any, start: Any) -> None:
         """One chunk of keys (as rows and as panels) and values; zero where there is no key."""

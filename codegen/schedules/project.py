@@ -9,8 +9,17 @@ from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels.attention import facts_of
 from codegen.kernels.tiles import (
-    ROWS, build, imin, load, panels, scratch, store, tile, up, vectors,
-)  # fmt: skip
+    ROWS,
+    build,
+    imin,
+    load,
+    panels,
+    scratch,
+    store,
+    tile,
+    up,
+    vectors,
+)
 from codegen.kernels.vector_math import f32
 from codegen.rule import Rule
 from codegen.target import Target

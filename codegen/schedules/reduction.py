@@ -11,6 +11,7 @@ from codegen.schedules._common import (
     even_parts,
     extent,
     fuse_all,
+    inline_all,
     size,
     vector_split,
 )
@@ -26,13 +27,8 @@ def apply(func: Any, target: Target) -> Any | None:
         return _rows(blocks, target)
     if not any(blocks.reduces(b) for b in blocks.list):
         return None
-    sch, remaining = blocks.sch, []
-    for block in blocks.list[:-1]:
-        if blocks.reduces(block):
-            remaining.append(block)
-        else:
-            sch.compute_inline(block)
-    for block in [*remaining, blocks.list[-1]]:
+    sch = blocks.sch
+    for block in inline_all(blocks):
         if blocks.reduces(block):
             _reduce(sch, block, target)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from codegen.rule import Rule
-from codegen.schedules._common import SMALL, Blocks, size, vector_split
+from codegen.schedules._common import SMALL, Blocks, inline_all, size, vector_split
 from codegen.target import Target
 
 
@@ -17,13 +17,10 @@ def apply(func: Any, target: Target) -> Any | None:
         return None
     if sum(size(sch, list(sch.get_loops(b))) for b in blocks.list) >= SMALL:
         return None
-    for block in blocks.list[:-1]:
-        if not blocks.reduces(block):
-            sch.compute_inline(block)
-    last = blocks.list[-1]
-    loops = sch.get_loops(last)
-    if loops and not blocks.reduces(last):
-        vector_split(sch, loops[-1], target.lanes)
+    for block in inline_all(blocks):
+        loops = sch.get_loops(block)
+        if loops and not blocks.reduces(block):
+            vector_split(sch, loops[-1], target.lanes)
     return sch
 
 

@@ -1,0 +1,186 @@
+"""From a Relax module to scheduled TensorIR, with the weights lifted out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+from tvm import relax, tirx
+
+from codegen import legalize, tvm_env
+from codegen.frontend import Imported
+from codegen.lift import lift_constants
+from codegen.prepack import prepack
+from codegen.schedule import Outcome, Tuned, refuse, schedule
+from codegen.specs import TensorSpec
+from codegen.target import Target
+from passes.opcount import OpCount
+
+Progress = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """One kernel: who scheduled it ("" nobody, "tuned", or a rule), its operations, its calls.
+
+    `ops` are those of one call; None where they can not be counted.
+    """
+
+    name: str
+    scheduled_by: str
+    ops: OpCount | None = None
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Scheduled code before it is built. "main" takes (inputs..., weights...).
+
+    `unscheduled` is the module as it was before any kernel was scheduled (for tuning).
+    """
+
+    mod: Any
+    weights: dict[str, NDArray[Any]]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    kernels: list[KernelInfo]
+    notes: tuple[str, ...] = ()
+    unscheduled: Any = field(default=None, repr=False)
+
+
+def lower(
+    imported: Imported,
+    target: Target,
+    *,
+    tuned: Tuned | None = None,
+    allow_unscheduled: bool = False,
+    progress: Progress | None = None,
+) -> Lowered:
+    """Lower to scheduled TensorIR.
+
+    `tuned(func, target)` is asked first for every kernel and returns a schedule or None.
+
+    Raises:
+        LoweringError: a kernel no rule takes, unless `allow_unscheduled`.
+    """
+    with tvm_env.lowering_for(target):
+        mod, weights = fuse(imported.mod, target)
+        outcomes = _schedule_all(mod, target, tuned, progress)
+        if not allow_unscheduled:
+            refuse({name: o for name, o in outcomes.items() if not o.rule})
+        kernels = _kernels(mod, outcomes)
+        scheduled = _finish(_replaced(mod, outcomes))
+    crashes = [f"{name}: rule {c}" for name, o in outcomes.items() for c in o.crashes]
+    notes = (*imported.notes, *crashes)
+    return Lowered(scheduled, weights, imported.inputs, imported.outputs, kernels, notes, mod)
+
+
+def fuse(mod: Any, target: Target) -> tuple[Any, dict[str, NDArray[Any]]]:
+    """The module with packed products, lowered and fused operators; and the lifted weights.
+
+    Call it inside `lowering_for(target)`.
+    """
+    legalize.install()
+    t = relax.transform
+    mod = prepack(t.DecomposeOpsForInference()(mod), target)
+    before = [
+        t.CanonicalizeBindings(),
+        relax.backend.DispatchSampling(),
+        relax.backend.DispatchSortScan(),
+        t.LegalizeOps(),
+        t.FoldConstant(),
+        t.DeadCodeElimination(),
+    ]
+    mod, weights = lift_constants(tvm.transform.Sequential(before)(mod))
+    after = [
+        t.AnnotateTIROpPattern(),
+        t.FuseOps(),
+        t.FuseTIR(),
+        # While kernels still look like reshapes: those become views and cost nothing.
+        t.RewriteDataflowReshape(),
+        t.DeadCodeElimination(),
+    ]
+    return tvm.transform.Sequential(after)(mod), weights
+
+
+def _primfuncs(mod: Any) -> dict[str, Any]:
+    found = {gv.name_hint: f for gv, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)}
+    return dict(sorted(found.items()))
+
+
+def _schedule_all(
+    mod: Any, target: Target, tuned: Tuned | None, progress: Progress | None
+) -> dict[str, Outcome]:
+    funcs = _primfuncs(mod)
+    outcomes = {}
+    for done, (name, func) in enumerate(funcs.items()):
+        if progress is not None:
+            progress(f"schedule {name}", done, len(funcs))
+        outcomes[name] = schedule(func, target, tuned)
+    return outcomes
+
+
+def _replaced(mod: Any, outcomes: dict[str, Outcome]) -> Any:
+    scheduled = mod.clone()
+    for name, outcome in outcomes.items():
+        if outcome.rule:
+            scheduled.update_func(mod.get_global_var(name), outcome.func)
+    return scheduled
+
+
+def _finish(mod: Any) -> Any:
+    t = relax.transform
+    return tvm.transform.Sequential(
+        [
+            t.ToNonDataflow(),
+            t.RemovePurityChecking(),
+            t.CallTIRRewrite(),
+            t.StaticPlanBlockMemory(),
+        ]
+    )(mod)
+
+
+def _kernels(mod: Any, outcomes: dict[str, Outcome]) -> list[KernelInfo]:
+    calls: Counter[str] = Counter()
+
+    def visit(expr: Any) -> None:
+        if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.call_tir":
+            calls[expr.args[0].name_hint] += 1
+
+    relax.analysis.post_order_visit(mod["main"], visit)
+    funcs = _primfuncs(mod)
+    return [
+        KernelInfo(name, outcome.rule, _count(funcs[name]), calls[name])
+        for name, outcome in outcomes.items()
+        if calls[name]
+    ]
+
+
+def _count(func: Any) -> OpCount | None:
+    try:
+        from codegen.count import count_ops
+    except ImportError:
+        return None
+    try:
+        counted: OpCount = count_ops(func)
+    except (ValueError, TypeError, NotImplementedError):
+        return None
+    return counted
+
+
+def example_inputs(lowered: Lowered, seed: int = 0) -> list[NDArray[Any]]:
+    """Random inputs that fit the specs, for checks and timings."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for spec in lowered.inputs:
+        if spec.dtype.startswith("float"):
+            made.append(rng.standard_normal(spec.shape).astype(spec.dtype))
+        else:
+            high = 1 if spec.high is None else spec.high
+            made.append(rng.integers(0, high + 1, spec.shape).astype(spec.dtype))
+    return made
