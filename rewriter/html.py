@@ -109,6 +109,9 @@ def _fidelity_card(report: RewriteReport) -> Card | None:
         return None
     cosine = report.fidelity["cosine_mean"]
     detail = "mean cosine of rewritten and original outputs (1 = the same direction)"
+    unfitted = ((report.fit or {}).get("fidelity_before") or {}).get("cosine_mean")
+    if unfitted is not None:
+        detail += f"; {number(unfitted, 4)} before the fit"
     mood = "" if math.isfinite(cosine) else "bad"
     return Card("likeness to the original", number(cosine, 4), detail, mood)
 

@@ -68,9 +68,20 @@ def _svg(figure: Figure, name: str) -> str:
     for marker, variable in COLOURS.items():
         text = text.replace(marker, variable)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'id="(figure|axes|patch|line2d|text|matplotlib|xtick|ytick)[^"]*"', "", text)
+    text = _own_ids(text, salt)
     text = re.sub(r"font(-family)?: ([^;\"]*)", _plain_font, text)
     return re.sub(r'(<svg[^>]*?) (?:height|width)="([^"]*)"', _sized, text, count=1)
+
+
+def _own_ids(text: str, salt: str) -> str:
+    """Only ids that something refers to stay, and they begin with the figure's own salt."""
+    wanted = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
+    text = re.sub(
+        r' ?\bid="([^"]*)"',
+        lambda m: f' id="f{salt}-{m.group(1)}"' if m.group(1) in wanted else "",
+        text,
+    )
+    return re.sub(r'((?:href="|url\()#)([^")]+)', rf"\1f{salt}-\2", text)
 
 
 def _plain_font(match: re.Match[str]) -> str:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 DISTRIBUTIONS = ("attention-rewriter", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")
-_PLAIN = ("fidelity", "compiled", "fit", "target", "timings", "artifact", "graph", "versions")
+_PLAIN = ("fidelity", "compiled", "fit", "target", "timings", "artifact", "graph", "versions",
+          "sizes")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RewriteReport:
 
     `fidelity` is rewritten against original, `compiled` compiled against rewritten (ErrorStats),
     `timings` a BenchResult, `graph` the picture data of one block: all as plain data, None or
-    empty where it was not measured.
+    empty where it was not measured. `sizes` are the example's values of dynamic dimensions.
     """
 
     model: str
@@ -51,6 +52,7 @@ class RewriteReport:
     artifact: Mapping[str, Any] | None = None
     graph: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -58,7 +60,8 @@ class RewriteReport:
         """The report of a planned rewrite: every site, every form's verdict, operation counts."""
         from rewriter.graph_view import block_graph
 
-        rows = tuple(_row(site, plan) for site in found.sites)
+        sizes = dynamic_sizes(traced)
+        rows = tuple(_row(site, plan, sizes) for site in found.sites)
         shown = next(
             (r for r in rows if r.status is SiteStatus.REWRITTEN), rows[0] if rows else None
         )
@@ -70,12 +73,13 @@ class RewriteReport:
             near_misses=tuple(found.near_misses),
             graph=graph,
             versions=versions(),
-            notes=tuple(traced.notes),
+            sizes=sizes,
+            notes=(*traced.notes, *_size_note(sizes)),
         )
 
     def with_plan(self, plan: Plan) -> RewriteReport:
         """The same report after `plan` changed (reverted sites); measurements stay."""
-        rows = tuple(_keep_numbers(_row(row.site, plan), row) for row in self.sites)
+        rows = tuple(_keep_numbers(_row(row.site, plan, self.sizes), row) for row in self.sites)
         return replace(self, sites=rows)
 
     def with_fit(self, fitted: Any, plan: Plan | None = None) -> RewriteReport:
@@ -94,7 +98,8 @@ class RewriteReport:
             for row in report.sites
         )
         fidelity = data.get("fidelity") or report.fidelity
-        return replace(report, sites=rows, fit=data, fidelity=plain(fidelity))
+        notes = (*report.notes, *data.get("notes", ()))
+        return replace(report, sites=rows, fit=data, fidelity=plain(fidelity), notes=notes)
 
     def with_fidelity(self, fidelity: Any) -> RewriteReport:
         """Add rewritten against original (a Fidelity or plain data)."""
@@ -312,7 +317,7 @@ def _form(plan: Plan, row: SiteRow) -> Any:
     return form_named("exact" if row.form == KEEP else row.form, config)
 
 
-def _row(site: AttentionSite, plan: Plan) -> SiteRow:
+def _row(site: AttentionSite, plan: Plan, sizes: Mapping[str, int]) -> SiteRow:
     from passes.form import form_named, forms
 
     choice = plan.choices.get(site.id, Choice(KEEP, {}, SiteStatus.KEPT, "not in the plan"))
@@ -329,16 +334,38 @@ def _row(site: AttentionSite, plan: Plan) -> SiteRow:
             name: {"ok": bool(v), "code": str(v.reason) if v.reason else None, "detail": v.detail}
             for name, v in verdicts.items()
         },
-        ops_before=_ops(form_named("exact"), site),
-        ops_after=_ops(chosen, site),
+        ops_before=_ops(form_named("exact"), site, sizes),
+        ops_after=_ops(chosen, site, sizes),
     )
 
 
-def _ops(form: Any, site: AttentionSite) -> Any:
-    """Closed-form count, or None where a dimension is dynamic."""
-    if any(isinstance(n, str) for n in (site.dims.B, site.dims.T, site.dims.S)):
+def dynamic_sizes(traced: Any) -> dict[str, int]:
+    """What each named dimension was in the example inputs of a Traced."""
+    if not traced.dynamic:
+        return {}
+    from rewriter.calibration import input_names
+
+    values = [*traced.example_args, *traced.example_kwargs.values()]
+    examples = dict(zip(input_names(traced), values, strict=False))
+    return {
+        word: int(examples[name].shape[axis])
+        for name, axes in traced.dynamic.items()
+        for axis, word in axes.items()
+        if name in examples
+    }
+
+
+def _size_note(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    told = ", ".join(f"{name}={n}" for name, n in sizes.items())
+    return (f"operations are counted for {told}, as in the example inputs",) if sizes else ()
+
+
+def _ops(form: Any, site: AttentionSite, sizes: Mapping[str, int]) -> Any:
+    """Closed-form count; None where a dynamic dimension's size is not known."""
+    try:
+        return form.ops(replace(site, dims=site.dims.static(sizes)))
+    except KeyError:
         return None
-    return form.ops(site)
 
 
 def _keep_numbers(row: SiteRow, old: SiteRow) -> SiteRow:

@@ -132,7 +132,8 @@ def _compare_one(
     a, b = np.asarray(got, np.float64), np.asarray(want, np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))  # equal infinities too
     lost = ~same & ~(np.isfinite(a) & np.isfinite(b))
-    diff = np.where(same, 0.0, np.abs(a - b))
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        diff = np.where(same, 0.0, np.abs(a - b))
     diff[lost] = np.inf
     size = np.where(np.isfinite(b), np.abs(b), 0.0)
     rms = float(np.sqrt(np.mean(size**2))) if b.size else 0.0
@@ -196,7 +197,7 @@ def verify_artifact(
     module: Any,
     inputs: Mapping[str, Any] | tuple[Any, ...],
     *,
-    dtype: str = "float32",
+    dtype: str | None = None,
 ) -> ErrorStats:
     """Run compiled code and the eager model it was made from on the same inputs.
 
@@ -204,7 +205,8 @@ def verify_artifact(
         artifact: has ``run({name: array}) -> {name: array}``, ``inputs`` and ``outputs`` (specs).
         module: the rewritten model, called with `inputs`.
         inputs: tensors by name, or a tuple in the order of the artifact's inputs.
-        dtype: the lowest precision the code computes in; picks the tolerance.
+        dtype: the lowest precision the code computes in, which picks the tolerance; by default
+            what the artifact's manifest says.
 
     Raises:
         VerifyError: the number of outputs or their shapes differ.
@@ -219,7 +221,8 @@ def verify_artifact(
     if len(tensors) != len(got):
         raise VerifyError(f"the artifact has {len(got)} outputs, the model {len(tensors)}")
     want = {name: to_numpy(t) for name, t in zip(got, tensors, strict=True)}
-    return compare_arrays(got, want, dtype=dtype)
+    precision = getattr(getattr(artifact, "manifest", None), "precision", "float32")
+    return compare_arrays(got, want, dtype=dtype or precision)
 
 
 def _arrays(artifact: Any, inputs: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Array]:
@@ -227,6 +230,8 @@ def _arrays(artifact: Any, inputs: Mapping[str, Any] | tuple[Any, ...]) -> dict[
     names = [spec.name for spec in artifact.inputs]
     if not isinstance(inputs, Mapping):
         tensors = [leaf for leaf in inputs if leaf is not None]
+        if len(tensors) != len(names):
+            raise VerifyError(f"{len(tensors)} inputs given, the artifact takes {', '.join(names)}")
         inputs = dict(zip(names, tensors, strict=True))
     missing = [n for n in names if n not in inputs]
     if missing:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rewriter.engines import Array, Call, Engine, Job, load_module
 
 
@@ -14,7 +16,7 @@ def prepare(job: Job) -> Call:
 
     module, tensors = load_module(job)
     inductor.freezing = True
-    compiled = torch.compile(module, dynamic=False)
+    compiled: Any = torch.compile(module, dynamic=False)
 
     def call() -> list[Array]:
         with torch.no_grad():  # freezing needs no_grad; it is not done in inference mode

@@ -82,7 +82,7 @@ def report(
     plan = planned(sites, form)
     rows = tuple(
         replace(
-            _row(s, plan),
+            _row(s, plan, {}),
             error_before_fit=rng.uniform(0.3, 0.8),
             error_after_fit=rng.uniform(0.02, 0.2),
         )
