@@ -1,10 +1,11 @@
 """Counts the operations of an unscheduled PrimFunc in the vocabulary of passes/opcount.py.
 
 Rules: every store is executed once per iteration of the loops around it, so its value's
-operations are multiplied by the product of their extents. A reduction over K terms is K additions (initial stores of a constant
-are free). Index arithmetic, casts, loads, bounds of padded reads (`if_then_else`) and boolean
-logic are free; a function such as exp is one operation. Bytes are each parameter's size: inputs
-read once, outputs (parameters that are stored to) written once.
+operations are multiplied by the product of their extents. A reduction over K terms is K
+additions (initial stores of a constant are free). Index arithmetic, casts, loads, bounds of
+padded reads (`if_then_else`) and boolean logic are free; a function such as exp is one
+operation. A condition may guard moves of data, not operations. Bytes are each parameter's size:
+inputs read once, outputs (parameters that are stored to) written once.
 """
 
 from __future__ import annotations
@@ -78,9 +79,17 @@ class _Counter:
         elif isinstance(s, tirx.BufferStore):
             self.store(s, times)
         elif isinstance(s, tirx.IfThenElse):
-            raise NotCountable("operations under a condition can not be counted")
+            self.guarded(s)
         elif hasattr(s, "body"):
             self.stmt(s.body, times)
+
+    def guarded(self, s: Any) -> None:
+        before = sum(self.ops.values())
+        for branch in (s.then_case, s.else_case):
+            if branch is not None:
+                self.stmt(branch, 1)
+        if sum(self.ops.values()) != before:
+            raise NotCountable("operations under a condition can not be counted")
 
     def store(self, s: Any, times: int) -> None:
         self.stored.append(s.buffer)

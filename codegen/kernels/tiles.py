@@ -148,14 +148,13 @@ def reduce_row(
 def build(func: Any, body: Callable[..., None]) -> Any:
     """A PrimFunc with the parameters of `func` and the statements body(*buffers) emits."""
     buffers = list(func.params)
-    with IRBuilder() as ib:
-        with T.prim_func(s_tir=True):
-            T.func_name("main")
-            args = [
-                T.arg(f"p{n}", T.buffer([int(d) for d in b.shape], str(b.dtype)))
-                for n, b in enumerate(buffers)
-            ]
-            T.func_attr({"tirx.noalias": True})
-            with T.sblock("root"):
-                body(*args)
+    with IRBuilder() as ib, T.prim_func(s_tir=True):
+        T.func_name("main")
+        args = [
+            T.arg(f"p{n}", T.buffer([int(d) for d in b.shape], str(b.dtype)))
+            for n, b in enumerate(buffers)
+        ]
+        T.func_attr({"tirx.noalias": True})
+        with T.sblock("root"):
+            body(*args)
     return ib.get()

@@ -1,0 +1,69 @@
+"""exp, erf and tanh as arithmetic: accuracy over the range, ends, NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from tvm import te
+
+from codegen.kernels import vector_math
+from codegen.target import target_named
+
+
+def run(f: Callable[[Any], Any], x: np.ndarray) -> np.ndarray:
+    a = te.placeholder(x.shape, name="a")
+    b = te.compute(x.shape, lambda i: f(a[i]), name="b")
+    sch = tvm.s_tir.Schedule(te.create_prim_func([a, b]))
+    _, v = sch.split(sch.get_loops(sch.get_sblock("b"))[0], [None, 16])
+    sch.vectorize(v)
+    lib = tvm.compile(sch.mod, target=tvm.target.Target(dict(target_named("cpu").tvm)))
+    out = tvm.runtime.tensor(np.full(x.shape, np.nan, "float32"))
+    lib["main"](tvm.runtime.tensor(x), out)
+    return out.numpy()
+
+
+def sample(low: float, high: float) -> np.ndarray:
+    rng = np.random.default_rng()
+    near = rng.uniform(-0.5, min(high, 0.5), 8000)
+    return np.concatenate([rng.uniform(low, high, 8000), near]).astype("float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "low", "high", "bound"),
+    [
+        ("vexp", np.exp, -87.3, 88.7, 2e-7),
+        ("vexp_nonpositive", np.exp, -87.3, 0.0, 2e-7),
+        ("verf", np.vectorize(math.erf), -6.0, 6.0, 5e-7),
+        ("vtanh", np.tanh, -12.0, 12.0, 5e-7),
+    ],
+)
+def test_relative_error(
+    name: str, exact: Callable[[Any], Any], low: float, high: float, bound: float
+) -> None:
+    x = sample(low, high)
+    want = exact(x.astype("float64"))
+    error = np.abs(run(getattr(vector_math, name), x) - want)
+    assert np.all(error <= bound * np.abs(want) + 1e-37)
+
+
+def test_ends() -> None:
+    x = np.array([np.nan, np.inf, -np.inf, 0, 88.72, 88.8, -88.5, -1e38] * 2, "float32")
+    y = run(vector_math.vexp, x)
+    assert np.isnan(y[0])
+    assert list(y[1:4]) == [np.inf, 0, 1]
+    assert np.isfinite(y[4])
+    assert list(y[5:8]) == [np.inf, 0, 0]
+    x = np.array([np.nan, -np.inf, 0, -88.5, -1e38, -104, -3e38, -87.8] * 2, "float32")
+    y = run(vector_math.vexp_nonpositive, x)
+    assert np.isnan(y[0])
+    assert list(y[1:8]) == [0, 1, 0, 0, 0, 0, 0]
+    x = np.array([np.nan, np.inf, -np.inf, 0] * 4, "float32")
+    for f in (vector_math.verf, vector_math.vtanh):
+        y = run(f, x)
+        assert np.isnan(y[0])
+        assert list(y[1:4]) == pytest.approx([1, -1, 0], abs=2e-7)
