@@ -12,6 +12,7 @@ from passes.builder import Builder
 from passes.cleanup import (
     copy_module,
     drop_asserts,
+    drop_dead,
     ensure_values,
     erase_dead,
     erase_unused,
@@ -44,6 +45,7 @@ def canonicalise(traced: Traced) -> Traced:
     examples = examples_of(traced, module)
     ensure_values(module, examples)
     functionalise(module)
+    drop_dead(module)
     work = _Work(module, examples, symbol_names(dataclasses.replace(traced, module=module)))
     for node in list(module.graph.nodes):
         if not node._erased:

@@ -12,16 +12,19 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from passes.ops import has_tensor, is_inplace, op_of, source
+from passes.trace_inputs import check_call
 from passes.traced import Traced
 
 _VIEWS = frozenset({"view", "slice", "select", "transpose", "permute", "expand", "unsqueeze"})
 
 
 def copy_module(module: GraphModule) -> GraphModule:
-    """A new graph on the same parameters, buffers and submodules."""
+    """A new graph on the same parameters, buffers, submodules and input checks."""
     copied = fx.GraphModule(module, copy.deepcopy(module.graph))
     copied.meta.update(module.meta)
     torch.nn.Module.train(copied, module.training)
+    if check_call in module._forward_pre_hooks.values():
+        copied.register_forward_pre_hook(check_call, with_kwargs=True)
     return copied
 
 
@@ -101,6 +104,29 @@ def _after(node: Node) -> set[Node]:
     return found
 
 
+def drop_dead(module: GraphModule) -> None:
+    """Erase pure nodes that nothing uses (averaged weights that are not returned)."""
+    for node in reversed(list(module.graph.nodes)):
+        if _is_pure(node) and _only_checked(node):
+            drop_asserts([node])
+            module.graph.erase_node(node)
+
+
+def _only_checked(node: Node) -> bool:
+    return all(op_of(u) == "_assert_tensor_metadata" for u in node.users)
+
+
+def _is_pure(node: Node) -> bool:
+    op = op_of(node)
+    if node.op not in ("call_function", "call_method") or is_inplace(node):
+        return False
+    return (
+        not op.startswith(("_assert", "sym_constrain"))
+        and "batch_norm" not in op
+        and (op != "set_grad_enabled" and "out" not in node.kwargs)
+    )
+
+
 def drop_asserts(nodes: Iterable[Node]) -> None:
     """Erase the metadata checks of `nodes`."""
     for node in nodes:
@@ -125,7 +151,7 @@ def erase_dead(nodes: Iterable[Node]) -> None:
         node = stack.pop()
         if node._erased or node.op in ("placeholder", "output") or is_inplace(node):
             continue
-        if all(op_of(u) == "_assert_tensor_metadata" for u in node.users):
+        if _only_checked(node):
             drop_asserts([node])
             stack.extend(node.all_input_nodes)
             node.graph.erase_node(node)

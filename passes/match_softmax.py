@@ -27,6 +27,9 @@ from passes.ops import (
 from passes.roles import FEATURE, MIXED, OTHER, axis_role, is_trained
 
 _FARTHEST = 40
+_FIRST = frozenset({"view", "unsqueeze", "squeeze", "masked_fill", "sub", "div", "clamp"})
+# Followed only to say that the logits go through them.
+_REFUSED = frozenset({"tanh", "relu", "sigmoid", "softplus", "pow", "abs", "exp", "gelu"})
 
 
 def match_softmax(module: GraphModule, softmax: Node) -> SoftmaxMatch:
@@ -64,7 +67,7 @@ def _carriers(node: Node) -> list[Node]:
     op = op_of(node)
     if op in COPIES or permutation(node) is not None:
         found: list[Any] = [source(node)]
-    elif op in ("view", "masked_fill", "sub", "div", "clamp", "unsqueeze", "squeeze", "nan_to_num"):
+    elif op in _FIRST or op in _REFUSED:
         found = [source(node)]
     elif op in ("add", "mul", "maximum", "max"):
         found = list(node.args[:2])
