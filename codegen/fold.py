@@ -66,17 +66,19 @@ def _value(node: Node, known: dict[Node, Any]) -> torch.Tensor | None:
         return None
     if any(word in name for word in _RANDOM) or shown.numel() * shown.itemsize > LARGEST_BYTES:
         return None
-    if any(n.op == "placeholder" and len(n.users) > 1 for n in node.all_input_nodes):
-        # Another reader needs the weight as it is: a folded copy would store it twice.
-        if any(
-            known[n].numel() * known[n].itemsize > LARGEST_BYTES // 64 for n in node.all_input_nodes
-        ):
-            return None
+    if any(_wanted_whole(n, known[n]) for n in node.all_input_nodes):
+        return None
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: known[n])
     kwargs = {k: v for k, v in kwargs.items() if k not in ("pin_memory", "layout")}
     with torch.no_grad():
         result = node.target(*args, **kwargs)  # type: ignore[operator]
     return result.contiguous() if isinstance(result, torch.Tensor) else None
+
+
+def _wanted_whole(node: Node, value: torch.Tensor) -> bool:
+    """A large weight with several readers: a folded copy would store it twice."""
+    shared = node.op == "placeholder" and len(node.users) > 1
+    return shared and value.numel() * value.itemsize > LARGEST_BYTES // 64
 
 
 def _become_constant(ep: ExportedProgram, node: Node, value: torch.Tensor, number: int) -> None:

@@ -10,9 +10,12 @@ if TYPE_CHECKING:
 
 # Ops that hand the values on unchanged (or a part of them).
 _PASSING = frozenset(
-    "view reshape slice expand unsqueeze squeeze select _to_copy to clone alias permute transpose "
-    "contiguous flatten detach repeat split split_with_sizes chunk getitem cat flip lift_fresh_copy".split()
-)
+    (
+        "view", "reshape", "slice", "expand", "unsqueeze", "squeeze", "select", "_to_copy", "to",
+        "clone", "alias", "permute", "transpose", "contiguous", "flatten", "detach", "repeat",
+        "split", "split_with_sizes", "chunk", "getitem", "cat", "flip", "lift_fresh_copy",
+    )
+)  # fmt: skip
 
 
 def index_range(node: Node) -> tuple[int | None, int | None]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tvm
-from tvm import ir, relax
+from tvm import ir
 
 from codegen.kernels import activations, norm, reductions, softmax
 from codegen.target import Target

@@ -163,11 +163,11 @@ def _kernels(mod: Any, outcomes: dict[str, Outcome]) -> list[KernelInfo]:
 
 def _count(func: Any) -> OpCount | None:
     try:
-        from codegen.count import count_ops
+        from codegen.count import count
     except ImportError:
         return None
     try:
-        counted: OpCount = count_ops(func)
+        counted: OpCount = count(func)
     except (ValueError, TypeError, NotImplementedError):
         return None
     return counted

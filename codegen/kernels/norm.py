@@ -6,8 +6,8 @@ from typing import Any
 
 from tvm import te, tirx
 
-from codegen.kernels.vector_math import f32
 from codegen.kernels.rows import SUM, row_reduce
+from codegen.kernels.vector_math import f32
 
 
 def layer_norm(x: Any, gamma: Any, beta: Any, eps: float, lanes: int) -> Any:

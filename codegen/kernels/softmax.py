@@ -6,8 +6,8 @@ from typing import Any
 
 from tvm import te, tirx
 
-from codegen.kernels.vector_math import f32, vexp
 from codegen.kernels.rows import MAX, SUM, row_reduce
+from codegen.kernels.vector_math import f32, vexp
 
 
 def softmax(x: Any, lanes: int) -> Any:

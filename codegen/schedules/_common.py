@@ -52,14 +52,26 @@ def threads(target: Target) -> int:
     return target.threads or int(target.tvm.get("num-cores", 0)) or usable_cores()
 
 
-def even_parts(count: int, target: Target) -> int:
-    """A divisor of `count`: chunks that load the threads evenly and are as long as possible."""
-    workers = threads(target)
+def parallel_chunks(sch: Any, loops: list[Any], target: Target) -> tuple[Any, Any]:
+    """(parallel loop over chunks, loop inside a chunk) over all of `loops`.
 
-    def cost(parts: int) -> float:
+    The chunks load the threads evenly and are as long as that allows. They are cut at one loop
+    (the loops before it whole), because TVM can not prove a cut across fused loops safe.
+    """
+    sizes, workers = [extent(sch, loop) for loop in loops], threads(target)
+    count = math.prod(sizes)
+
+    def cost(cut: tuple[int, int]) -> float:
+        parts = math.prod(sizes[: cut[0]]) * cut[1]
         return -(-parts // workers) * (count // parts) * (1 + 0.02 * parts / workers)
 
-    return min((d for d in range(1, count + 1) if count % d == 0), key=cost)
+    at, parts = min(
+        ((i, c) for i, n in enumerate(sizes) for c in range(1, n + 1) if n % c == 0), key=cost
+    )
+    outer, inner = sch.split(loops[at], [parts, None])
+    chunk = fuse_all(sch, [*loops[:at], outer])
+    sch.parallel(chunk)
+    return chunk, fuse_all(sch, [inner, *loops[at + 1 :]])
 
 
 def vector_split(sch: Any, loop: Any, lanes: int) -> bool:

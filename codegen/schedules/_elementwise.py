@@ -6,7 +6,7 @@ from typing import Any
 
 import tvm_ffi
 
-from codegen.schedules._common import SMALL, even_parts, extent, fuse_all, size, vector_split
+from codegen.schedules._common import SMALL, extent, fuse_all, parallel_chunks, size, vector_split
 from codegen.target import Target
 
 
@@ -23,9 +23,7 @@ def spread(sch: Any, block: Any, target: Target) -> None:
         return
     vector_split(sch, loops[-1], target.lanes)
     if parallel:
-        outer = fuse_all(sch, loops[:-1])
-        part, _ = sch.split(outer, [even_parts(extent(sch, outer), target), None])
-        sch.parallel(part)
+        parallel_chunks(sch, loops[:-1], target)
 
 
 def _one_loop(sch: Any, loop: Any, parallel: bool, target: Target) -> None:
@@ -35,8 +33,7 @@ def _one_loop(sch: Any, loop: Any, parallel: bool, target: Target) -> None:
     if width > 1:
         sch.vectorize(inner)
     if parallel:
-        part, _ = sch.split(chunks, [even_parts(total // width, target), None])
-        sch.parallel(part)
+        parallel_chunks(sch, [chunks], target)
 
 
 def _flat(sch: Any, block: Any) -> bool:

@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from codegen.schedules._common import (
-    SMALL,
-    Blocks,
-    even_parts,
-    extent,
-    fuse_all,
-    size,
-    vector_split,
-)
+from codegen.schedules._common import Blocks, fuse_all, parallel_chunks, vector_split
 from codegen.target import Target
-
-LANES = 2  # vector registers of partial results per row: hides the latency of the adds
 
 
 def schedule_rows(blocks: Blocks, row_axes: int, target: Target) -> Any:
@@ -25,16 +15,12 @@ def schedule_rows(blocks: Blocks, row_axes: int, target: Target) -> Any:
     """
     sch, store = blocks.sch, blocks.list[-1]
     loops = list(sch.get_loops(store))
-    total = size(sch, loops)
-    row = fuse_all(sch, loops[:row_axes])
     if len(loops) > row_axes:
         vector_split(sch, fuse_all(sch, loops[row_axes:]), target.lanes)
-    part, inner = sch.split(row, [even_parts(extent(sch, row), target), None])
+    _, row = parallel_chunks(sch, loops[:row_axes], target)
     stages = list(zip(blocks.list[:-1], blocks.names[:-1], strict=True))
     for block, _ in reversed(stages):
-        sch.compute_at(block, inner)
-    if total >= SMALL or any(blocks.reduces(b) for b, _ in stages):
-        sch.parallel(part)
+        sch.compute_at(block, row)
     for block, name in stages:
         _stage(sch, block, name, blocks, target)
     return sch

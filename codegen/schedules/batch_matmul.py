@@ -6,7 +6,7 @@ from typing import Any
 
 from codegen.kernels.dense import panel_width
 from codegen.rule import Rule
-from codegen.schedules._common import Blocks, even_parts, extent, fuse_all, threads
+from codegen.schedules._common import Blocks, parallel_chunks, size, threads
 from codegen.schedules.dense import finish_tile, pack_panel, row_tile_of
 from codegen.target import Target
 
@@ -25,12 +25,11 @@ def apply(func: Any, target: Target) -> Any | None:
     row_out, row_in = sch.split(rows, [None, row_tile_of(sch, store, target)])
     panel, column = sch.split(columns, [None, panel_width(target)])
     sch.reorder(*lead, panel, row_out, depth, row_in, column)
-    batch = fuse_all(sch, lead)
-    if extent(sch, batch) < 2 * threads(target):
-        batch = panel = sch.fuse(batch, panel)
-    part, inner = sch.split(batch, [even_parts(extent(sch, batch), target), None])
-    sch.parallel(part)
-    pack_panel(sch, blocks.named("dense_panel"), inner if panel is batch else panel)
+    if size(sch, lead) < 2 * threads(target):
+        _, panel = parallel_chunks(sch, [*lead, panel], target)
+    else:
+        parallel_chunks(sch, lead, target)
+    pack_panel(sch, blocks.named("dense_panel"), panel)
     finish_tile(sch, blocks, store, row_out, (row_in, column, depth), target)
     return sch
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from codegen.kernels.dense import row_tile
 from codegen.rule import Rule
-from codegen.schedules._common import Blocks, even_parts, extent, fuse_all, vector_split
+from codegen.schedules._common import Blocks, extent, parallel_chunks, vector_split
 from codegen.schedules._elementwise import spread
 from codegen.target import Target
 
@@ -28,8 +28,7 @@ def _general(blocks: Blocks, target: Target) -> Any:
     batch, out, row, column, lane, c, dy, dx = sch.get_loops(product)
     column_out, column_in = sch.split(column, [None, row_tile(wide, target)])
     sch.reorder(batch, out, row, column_out, c, dy, dx, column_in, lane)
-    outer = _parallel(sch, [batch, out, row], target)
-    del outer
+    parallel_chunks(sch, [batch, out, row], target)
     sch.reverse_compute_at(store, column_out)
     sch.unroll(column_in)
     sch.vectorize(lane)
@@ -44,7 +43,7 @@ def _grouped(blocks: Blocks, target: Target) -> Any:
     batch, out, row, column, c, dy, dx = sch.get_loops(product)
     sch.reorder(batch, out, row, c, dy, dx, column)
     vector_split(sch, column, target.lanes)
-    inner = _parallel(sch, [batch, out, row], target)
+    _, inner = parallel_chunks(sch, [batch, out, row], target)
     if store is not None:
         sch.reverse_compute_at(store, inner)
         vector_split(sch, sch.get_loops(store)[-1], target.lanes)
@@ -60,22 +59,10 @@ def _tail(blocks: Blocks, name: str) -> Any:
     return after[-1] if after else None
 
 
-def _parallel(sch: Any, loops: list[Any], target: Target) -> Any:
-    outer = fuse_all(sch, loops)
-    part, inner = sch.split(outer, [even_parts(extent(sch, outer), target), None])
-    sch.parallel(part)
-    return inner
-
-
 def _pad(blocks: Blocks, target: Target) -> None:
-    first = blocks.list[0]
     for block, name in zip(blocks.list, blocks.names, strict=True):
         if name == "conv_pad":
             spread(blocks.sch, block, target)
-        elif name in ("conv", "grouped_conv"):
-            return
-        elif block is first or name != "conv_pad":
-            blocks.sch.compute_inline(block)
 
 
 RULE = Rule("conv", apply, kinds=("cpu", "edge"), order=25)

@@ -6,7 +6,15 @@ from typing import Any
 
 from codegen.kernels.dense import panel_width, row_tile
 from codegen.rule import Rule
-from codegen.schedules._common import Blocks, even_parts, extent, fuse_all, threads, vector_split
+from codegen.schedules._common import (
+    Blocks,
+    extent,
+    fuse_all,
+    parallel_chunks,
+    size,
+    threads,
+    vector_split,
+)
 from codegen.target import Target
 
 
@@ -24,8 +32,7 @@ def apply(func: Any, target: Target) -> Any | None:
     row_out, row_in = sch.split(rows, [None, mt])
     panel, column = sch.split(columns, [None, panel_width(target)])
     sch.reorder(*lead, row_out, panel, depth, row_in, column)
-    tiles = fuse_all(sch, [*lead, row_out])
-    tile = _parallel(sch, blocks, tiles, panel, target)
+    tile = _parallel(sch, blocks, [*lead, row_out], panel, target)
     finish_tile(sch, blocks, store, tile, (row_in, column, depth), target)
     return sch
 
@@ -52,23 +59,22 @@ def _store_block(blocks: Blocks) -> Any:
     return sch.cache_write(blocks.named("dense"), 0, "global")
 
 
-def _parallel(sch: Any, blocks: Blocks, tiles: Any, panel: Any, target: Target) -> Any:
+def _parallel(sch: Any, blocks: Blocks, tiles: list[Any], panel: Any, target: Target) -> Any:
     """Parallel over row tiles when there are enough, else over panels; returns the tile's loop.
 
     Inside one thread a panel is used for all of the thread's rows before the next one is read.
     """
     packs = "dense_panel" in blocks.names
-    count, panels = extent(sch, tiles), extent(sch, panel)
+    count, panels = size(sch, tiles), extent(sch, panel)
     if packs or (count < 2 * threads(target) and panels > count):
-        sch.reorder(panel, tiles)
-        part, inner = sch.split(panel, [even_parts(panels, target), None])
-        sch.parallel(part)
+        sch.reorder(panel, *tiles)
+        _, inner = parallel_chunks(sch, [panel], target)
         if packs:
             pack_panel(sch, blocks.named("dense_panel"), inner)
-        return tiles
-    part, inner = sch.split(tiles, [even_parts(count, target), None])
-    sch.reorder(part, panel, inner)
-    sch.parallel(part)
+        return fuse_all(sch, tiles)
+    sch.reorder(panel, *tiles)  # leaves the panel outside; the chunks go around it next
+    chunk, inner = parallel_chunks(sch, tiles, target)
+    sch.reorder(chunk, panel, inner)
     return inner
 
 

@@ -8,10 +8,8 @@ from codegen.rule import Rule
 from codegen.schedules._common import (
     SMALL,
     Blocks,
-    even_parts,
-    extent,
-    fuse_all,
     inline_all,
+    parallel_chunks,
     size,
     vector_split,
 )
@@ -63,10 +61,8 @@ def _reduce(sch: Any, block: Any, target: Target) -> None:
     if len(kept) > 1 and len(stmt.writes) == 1:
         sch.reorder(*kept[:-1], *reduced, kept[-1])
         vector_split(sch, kept.pop(), target.lanes)
-    outer = fuse_all(sch, kept)
     if total >= SMALL:
-        outer, _ = sch.split(outer, [even_parts(extent(sch, outer), target), None])
-        sch.parallel(outer)
+        parallel_chunks(sch, kept, target)
     if len(stmt.writes) == 1:
         sch.decompose_reduction(block, reduced[0])
 
