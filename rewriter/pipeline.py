@@ -107,10 +107,10 @@ def build_artifact(
             stats, note = _verify(result, trial, manifest, threads)
     finally:
         trial.unlink(missing_ok=True)
-    _complete(result, lowered, chosen, stats, note, stages, tuned)
-    write_artifact(path, manifest, built.code, lowered.weights, result.report.to_json())
     if stats is not None:
         stats.require()
+    _complete(result, lowered, chosen, stats, note, stages, tuned)
+    write_artifact(path, manifest, built.code, lowered.weights, result.report.to_json())
     return _open(path, threads, runs_here=stats is not None)
 
 

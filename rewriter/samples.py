@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 Batches = list[dict[str, "Tensor"]]
 FIT_TEXTS, HELD_OUT_TEXTS = 768, 96
+FEW_TEXTS = 24  # for a first look at fidelity without a fit
 HELD_OUT_SHARE = 8  # one sample in so many is measured on, never fitted on
 
 
 def samples_for(
-    loaded: LoadedModel, data: Path | None, *, dynamic: bool, fit_texts: int = FIT_TEXTS
+    loaded: LoadedModel, data: Path | None, *, dynamic: bool
 ) -> tuple[Batches, Batches]:
     """(batches to fit on, batches held out) for a model.
 
@@ -28,7 +29,6 @@ def samples_for(
         data: a .txt file (one text a line, needs the model's tokenizer), an .npz of arrays
             [N, ...] by input name, or None: sentences from installed packages for text models.
         dynamic: batches may have any size and length.
-        fit_texts: how many passages are made from installed text.
 
     Raises:
         UsageError: there is no data for this model, or the file is of another kind.
@@ -42,11 +42,22 @@ def samples_for(
             f"{loaded.name} has no tokenizer here, so there is no data to fit or measure on; "
             "give --data FILE.npz with arrays of the model's inputs"
         )
-    fit_on, held_out = _texts(data, fit_texts)
+    fit_on, held_out = _texts(data)
     return (
         _tokenised(loaded, fit_on, batch, tokens, dynamic),
         _tokenised(loaded, held_out, batch, tokens, dynamic),
     )
+
+
+def few_held_out(loaded: LoadedModel) -> Batches:
+    """Some real sentences at the example input's own sizes; [] for a model without a tokenizer."""
+    if loaded.tokenizer_path is None:
+        return []
+    from rewriter.calibration import passages, split_sentences
+
+    batch, tokens = _sizes(loaded, dynamic=False)
+    texts = passages(split_sentences()[1], max(batch, FEW_TEXTS // batch * batch), seed=1)
+    return _tokenised(loaded, texts, batch, tokens, dynamic=False)
 
 
 def _sizes(loaded: LoadedModel, dynamic: bool) -> tuple[int, int]:
@@ -55,12 +66,12 @@ def _sizes(loaded: LoadedModel, dynamic: bool) -> tuple[int, int]:
     return (8, min(tokens, 128)) if dynamic else (int(first.shape[0]), tokens)
 
 
-def _texts(data: Path | None, fit_texts: int) -> tuple[list[str], list[str]]:
+def _texts(data: Path | None) -> tuple[list[str], list[str]]:
     from rewriter.calibration import passages, split_sentences
 
     if data is None:
         fit_on, held_out = split_sentences()
-        return passages(fit_on, fit_texts), passages(held_out, HELD_OUT_TEXTS, seed=1)
+        return passages(fit_on, FIT_TEXTS), passages(held_out, HELD_OUT_TEXTS, seed=1)
     if data.suffix != ".txt":
         raise UsageError(f"--data {data}: expected a .txt or .npz file")
     try:

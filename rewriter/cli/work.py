@@ -48,26 +48,18 @@ def rewrite_model(
 ) -> Result:
     """Rewrite without fitting; fidelity will be measured on real text where there is any."""
     from rewriter.api import rewrite
-    from rewriter.samples import samples_for
+    from rewriter.samples import few_held_out
 
-    held_out = None
-    if loaded.tokenizer_path is not None:
-        held_out = samples_for(loaded, None, dynamic=False, fit_texts=loaded_batch(loaded))[1]
     return rewrite(
         loaded.model,
         loaded.example_inputs,
         form=chosen_form(form, settings),
         plan=plan,
         rules=parse_rules(rules),
-        held_out=held_out,
+        held_out=few_held_out(loaded),
         on_noop="ok" if allow_none else "error",
         name=loaded.name,
     )
-
-
-def loaded_batch(loaded: LoadedModel) -> int:
-    """Batch size of the example inputs."""
-    return int(next(iter(loaded.example_inputs.values())).shape[0])
 
 
 def fit_model(
