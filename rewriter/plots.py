@@ -143,6 +143,9 @@ def site_errors(report: RewriteReport) -> str:
             bad = value is not None and not _finite(value)
             _word(axes, y, number(value), BAD if bad else FAINT, value if _finite(value) else 0.0)
     axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    if not any(_finite(getattr(r, name)) for r in rows for _, name, _, _ in pairs):
+        axes.set_xticks([])
     axes.set_xlabel("relative error of the site's output", color=FAINT, fontsize=9)
     _legend(axes)
     return _svg(figure, "errors")
