@@ -47,7 +47,8 @@ def prove(
 def _border(made: Sequence[Node], old: Node) -> list[Node]:
     """Old nodes that the new side reads and on which `old` depends."""
     own = set(made)
-    read = {n for m in made for n in m.all_input_nodes if n not in own and has_tensor(n)}
+    values = [m for m in made if has_tensor(m)]  # the others read sizes
+    read = {n for m in values for n in m.all_input_nodes if n not in own and has_tensor(n)}
     border = [n for n in needed([old], read) if n in read]
     # A node that follows from the others is not free.
     for node in list(border):

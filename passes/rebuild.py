@@ -130,9 +130,9 @@ class Fold:
         return self._fold(b, x, grouped=self.grouped)
 
     def _fold(self, b: Builder, x: Node, *, grouped: bool) -> Node:
-        tail = [b.size(x, self.rank), b.size(x, self.rank + 1)]
         if self.rank == 2:
             return x
+        tail = [b.size(x, self.rank), b.size(x, self.rank + 1)]
         if self.rank == 0:
             return b.unsqueeze(b.unsqueeze(x, 0), 0)
         if self.rank == 1:

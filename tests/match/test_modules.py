@@ -231,6 +231,27 @@ def test_dynamic_sizes(spelling, mask: Mask) -> None:
     torch.testing.assert_close(canonical.module(**args), traced.module(**args))
 
 
+def test_repeated_heads_with_dynamic_sizes() -> None:
+    def repeated(q, k, v, mask):
+        q, k, v = heads(q, k, v)
+        b, g, s, d = k.shape
+        k, v = (x[:, :, None].expand(b, g, 2, s, d).reshape(b, 2 * g, s, d) for x in (k, v))
+        return back((q @ k.transpose(2, 3) * SCALE).softmax(-1) @ v)
+
+    x, mask = inputs()
+    names = {0: "batch", 1: "tokens"}
+    traced = trace(
+        Attention(repeated, groups=2).eval(),
+        {"x": x, "mask": mask},
+        dynamic_shapes={"x": names, "mask": None},
+    )
+    canonical = canonicalise(traced)
+    (site,) = find(canonical).sites
+    assert (site.dims.B, site.dims.G, site.dims.T) == ("batch", 2, "tokens")
+    longer = torch.randn(3, 11, E)
+    torch.testing.assert_close(canonical.module(longer, mask), traced.module(longer, mask))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_with_a_softmax_in_float32(dtype: torch.dtype) -> None:
     def upcast(q, k, v, mask):
