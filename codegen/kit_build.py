@@ -101,19 +101,15 @@ def _finish(mod: Any, target: Target) -> BuiltForm:
 def run_built(built: BuiltForm, arrays: Mapping[str, Array], params: Mapping[str, Array]) -> Array:
     """Run with the arrays it was built for (in the same order).
 
-    Freed memory the kernels may get is filled with NaN first, so that what a kernel forgets to
-    write does not look like a result.
+    A first run on NaN fills the memory pools, from which the second gets its buffers: a value a
+    kernel forgets to write shows as NaN.
     """
     vm = relax.VirtualMachine(built.library, tvm.cpu())
-    given = [tvm.runtime.tensor(a) for a in (*arrays.values(), *params.values())]
-    _poison(max((a.nbytes for a in arrays.values()), default=0))
-    result: Array = vm["main"](*given).numpy()
+    values = (*arrays.values(), *params.values())
+    spoiled = [np.full_like(a, np.nan) if a.dtype.kind == "f" else a for a in values]
+    vm["main"](*(tvm.runtime.tensor(a) for a in spoiled))
+    result: Array = vm["main"](*(tvm.runtime.tensor(a) for a in values)).numpy()
     return result
-
-
-def _poison(nbytes: int) -> None:
-    junk = [np.full(max(nbytes // 4, 1), np.nan, "float32") for _ in range(4)]
-    del junk
 
 
 def run_form(

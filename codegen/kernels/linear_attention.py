@@ -78,16 +78,15 @@ def causal(
     j <= i + (S - T). Keys before the first query enter the state alone; then come chunks of
     min(64, T) tokens, the last one filled up with zeros.
     """
-    with IRBuilder() as ib:
-        with T.prim_func(s_tir=True):
-            T.func_name("main")
-            q_ = T.arg("fq", T.buffer(list(fq), dtype))
-            k_ = T.arg("fk", T.buffer(list(fk), dtype))
-            v_ = T.arg("v", T.buffer(list(v), dtype))
-            m_ = T.arg("mask", T.buffer([mask_rows, fk[2]], "bool")) if mask_rows else None
-            out = T.arg("out", T.buffer([*fq[:3], v[3]], dtype))
-            T.func_attr({"tirx.noalias": True})
-            _Causal(eps, q_, k_, v_, m_, out).write()
+    with IRBuilder() as ib, T.prim_func(s_tir=True):
+        T.func_name("main")
+        q_ = T.arg("fq", T.buffer(list(fq), dtype))
+        k_ = T.arg("fk", T.buffer(list(fk), dtype))
+        v_ = T.arg("v", T.buffer(list(v), dtype))
+        m_ = T.arg("mask", T.buffer([mask_rows, fk[2]], "bool")) if mask_rows else None
+        out = T.arg("out", T.buffer([*fq[:3], v[3]], dtype))
+        T.func_attr({"tirx.noalias": True})
+        _Causal(eps, q_, k_, v_, m_, out).write()
     return ib.get()
 
 
