@@ -136,7 +136,7 @@ def make_plan(
         loaded = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
         return bind_plan(loaded, found.sites)
     if form is not None and not found.sites:
-        return plan_by_rules(found.sites, {}, form)
+        return Plan({})
     return plan_by_rules(found.sites, {"*": form} if form is not None else dict(rules or {}))
 
 
