@@ -32,6 +32,7 @@ def target() -> Target:
 
 def _x86(features: frozenset[str]) -> Target:
     extras: tuple[str, ...] = ()
+    needed: tuple[str, ...]
     if features.issuperset(_V4):
         level, needed, width, registers = "x86-64-v4", _V4, 64, 32
         extras = tuple(sorted(features.intersection(_EXTRAS)))
