@@ -21,6 +21,7 @@ from passes.errors import InputError, UsageError
 from rewriter.engines import Array, Engine, engines, select
 from rewriter.engines.process import WorkerError, WorkerProcess
 from rewriter.timings import BenchResult, EngineTiming, machine, max_abs_error, statistics
+from rewriter.wording import BUSY
 
 Progress = Callable[..., None]
 PREPARE_TIMEOUT = 900.0
@@ -343,7 +344,7 @@ def _row(entry: _Entry, outputs: Mapping[str, list[Array]]) -> EngineTiming:
 
 def _doubts(rows: Sequence[EngineTiming], thing: Subject, load: float) -> list[str]:
     notes = []
-    if load > 0.2:
+    if load > BUSY:
         notes.append(f"other processes used {load:.1f} cores just before: times may be too high")
     if thing.approximate:
         notes.append(

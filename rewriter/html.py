@@ -15,7 +15,7 @@ from passes.site import SiteStatus
 from rewriter import plots
 from rewriter.energy_view import SOURCE, energy
 from rewriter.graph_svg import draw
-from rewriter.wording import count, milliseconds, number, speed_words, verdict_text
+from rewriter.wording import busy, count, milliseconds, number, speed_words, verdict_text
 
 if TYPE_CHECKING:
     from rewriter.report import RewriteReport
@@ -173,6 +173,8 @@ def warnings(report: RewriteReport) -> list[str]:
     others = [e for e in report.beaten_by if e != "eager"]
     if others:
         found.append(f"Faster than the compiled model in the same run: {', '.join(others)}.")
+    if busy(report):
+        found.append("The machine was busy while the engines were timed: the times are doubtful.")
     failed = [r.site.id for r in report.sites if r.status is SiteStatus.FAILED]
     if failed:
         found.append(f"Sites that failed: {', '.join(failed)}.")

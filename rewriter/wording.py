@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from rewriter.report_rows import SiteRow
 
 
+BUSY = 0.2  # cores other processes may use before times are called doubtful
+
+
 def number(value: Any, digits: int = 3) -> str:
     """A measured value in words: "not measured" for None, "not finite" for NaN and infinity."""
     if value is None:
@@ -105,7 +108,14 @@ def _speed(report: RewriteReport) -> str:
     beaten = [engine_name(report, e) for e in report.beaten_by if e != "eager"]
     if beaten:
         text += f"; NOT faster than {', '.join(beaten)}"
+    if busy(report):
+        text += " (the machine was busy: measure again when it is idle)"
     return text + "."
+
+
+def busy(report: RewriteReport) -> bool:
+    """Whether other processes used a core while the engines were timed."""
+    return float((report.timings or {}).get("load") or 0.0) > BUSY
 
 
 def engine_name(report: RewriteReport, engine: str) -> str:

@@ -206,6 +206,9 @@ def test_never_slower_in_silence() -> None:
     assert "SLOWER than eager PyTorch" in slow.summary()
     assert "NOT faster than" in slow.summary()
     assert replace(fast, timings=None).faster is None
+    loaded = replace(fast, timings={**bench(), "load": 1.5})
+    assert "busy" in loaded.summary()
+    assert "busy" not in fast.summary()
     data = slow.to_json()
     assert data["faster"] is False
 
