@@ -9,7 +9,7 @@ CC_EXTRA := $(if $(or $(shell command -v cc),$(shell command -v gcc),$(shell com
 JOBS   ?= auto
 STAMP   = $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: setup lint format test demo bench docs clean help
+.PHONY: setup edge-runtime lint format test demo bench docs clean help
 
 help:
 	@echo "make demo    set up, then rewrite, fit, compile, verify and time a real sentence encoder"
@@ -46,6 +46,10 @@ demo: setup
 bench:
 	$(MAKE) setup EXTRAS=hf,demo,bench,dev
 	$(BIN)/python -m benchmarks
+
+# TVM's aarch64 runtime, for the tests that run edge code under qemu-user.
+edge-runtime: setup
+	$(BIN)/python -m codegen.edge.fetch
 
 docs: setup
 	$(BIN)/python -m tests.zoo.table
