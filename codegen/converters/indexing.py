@@ -68,7 +68,17 @@ def convert_gather(node: Any, importer: Any) -> Any:
     return importer.block_builder.emit(relax.op.gather_elements(x, safe, axis=axis))
 
 
+def convert_select(node: Any, importer: Any) -> Any:
+    """``aten.select(x, dim, index)``: a slice; TVM's own conversion reads outside for index -1."""
+    bb, x = importer.block_builder, importer.env[node.args[0]]
+    axis = int(node.args[1]) % x.ty.ndim
+    index = int(node.args[2]) % shape_of(x)[axis]
+    cut = bb.emit(relax.op.strided_slice(x, [axis], [index], [index + 1]))
+    return bb.emit(relax.op.squeeze(cut, [axis]))
+
+
 CONVERTERS = {
+    "select.int": convert_select,
     "embedding.default": convert_embedding,
     "index_select.default": convert_index_select,
     "index.Tensor": convert_index,
