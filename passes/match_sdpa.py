@@ -92,6 +92,11 @@ def _back(b: Builder, sdpa: Node, rank: int) -> Node:
 
 
 def opaque_reason(node: Node) -> str | None:
-    """Why an attention in one opaque operator is not matched; None for any other node."""
+    """Why an attention in one opaque operator or module is not matched; None for other nodes."""
+    if node.op == "call_module" and node.graph.owning_module is not None:
+        inner = node.graph.owning_module.get_submodule(str(node.target))
+        if any(isinstance(m, torch.nn.MultiheadAttention) for m in inner.modules()):
+            kind = type(inner).__name__
+            return f"symbolic_trace keeps {kind} whole, so its attention can not be reached"
     reason = OPAQUE.get(op_of(node).rpartition(".")[2])
     return reason if reason is not None and real_users(node) else None

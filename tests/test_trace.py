@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from passes.errors import InputError, TraceError
+from passes.find import find
 from passes.trace import trace
 from tests.factories import Attention, Block, Branches, FixedLength
 
@@ -146,6 +147,24 @@ def test_symbolic_trace_where_export_can_not():
     assert "only plain tensors" in traced.notes[0]
     x = torch.randn(2, 4)
     torch.testing.assert_close(traced.module(x=x), x.softmax(-1))
+
+
+class KeptWhole(ExportCannot):
+    """Only symbolic_trace takes it, and that keeps nn.MultiheadAttention as one call."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attn(super().forward(x), x, x, need_weights=False)[0]
+
+
+def test_attention_that_symbolic_trace_hides_is_a_near_miss():
+    found = find(trace(KeptWhole(), {"x": torch.randn(2, 4, 16)}))
+    assert found.sites == ()
+    hidden = [m for m in found.near_misses if "keeps MultiheadAttention whole" in m.reason]
+    assert [m.module_path for m in hidden] == ["attn"]
 
 
 def test_fast_path_of_multihead_attention_is_off_only_while_tracing():
