@@ -52,10 +52,12 @@ class _ConstantUses(PyExprVisitor):  # type: ignore[misc]
         if name == "relax.permute_dims" and isinstance(op.args[0], ir.GenericConst):
             return
         for at, arg in enumerate(op.args):
-            if isinstance(arg, ir.GenericConst) and not (name == "relax.matmul" and at == 1):
-                self.elsewhere.add(_identity(arg))
-            elif not isinstance(arg, ir.GenericConst):
+            packable = name == "relax.matmul" and at == 1
+            if not (packable and isinstance(arg, ir.GenericConst)):
                 self.visit_expr(arg)
+
+    def visit_generic_const_(self, op: Any) -> None:
+        self.elsewhere.add(_identity(op))
 
 
 def _identity(constant: Any) -> int:
@@ -134,13 +136,10 @@ class _Prepack(PyExprMutator):  # type: ignore[misc]
         return value if bound is None else bound
 
     def _rows(self, x: Any) -> Any:
-        """x as [T, K] or [B, T, K] with T > 1: leading axes that do not matter are joined."""
+        """x, with its batches as rows where each has a single one: [B, 1, K] is [B, K]."""
         *lead, rows, depth = _shape(x)
-        if not lead or (len(lead) == 1 and (lead[0] == 1 or rows > 1)):
-            return x
         count = int(np.prod(lead))
-        shape = [count * rows, depth] if rows == 1 else [count, rows, depth]
-        return self._reshaped(x, shape)
+        return self._reshaped(x, [count, depth]) if rows == 1 and count > 1 else x
 
     def _reshaped(self, x: Any, shape: list[int]) -> Any:
         if _shape(x) == list(shape):

@@ -25,12 +25,13 @@ class Reducer:
     join: Callable[[Any, Any], Any]
 
 
+# isnan, not a != a: TVM simplifies that to False.
 def _keep_nan_max(a: Any, b: Any) -> Any:
-    return tirx.Select(tirx.any(a > b, a != a), a, b)
+    return tirx.Select(tirx.any(a > b, tirx.isnan(a)), a, b)
 
 
 def _keep_nan_min(a: Any, b: Any) -> Any:
-    return tirx.Select(tirx.any(a < b, a != a), a, b)
+    return tirx.Select(tirx.any(a < b, tirx.isnan(a)), a, b)
 
 
 SUM = Reducer(te.sum, lambda a, b: a + b)
