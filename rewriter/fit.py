@@ -23,7 +23,7 @@ from rewriter.calibration import Batch, check_batches
 from rewriter.capture import Call, capture
 from rewriter.fidelity import Fidelity, Metric, compare, run_outputs
 from rewriter.fit_loop import Loop, Task
-from rewriter.fit_model import end_task, form_prefix, teacher_of, trainable
+from rewriter.fit_model import end_task, form_prefix, model_gap, teacher_of, trainable
 from rewriter.fit_report import FitReport, Recipe, Revert, SiteFit, Stage
 from rewriter.fit_site import (
     choose_scale,
@@ -128,6 +128,7 @@ class _Run:
             self.folder = StateFolder(Path(state_dir), key)
             self._resume()
         self.teacher = teacher_of(rewritten)
+        self.gap = model_gap(rewritten, self.teacher, self.validation[:3])
 
     def all(self, max_drop: float | None) -> FitReport:
         """Every stage, then the report."""
@@ -270,7 +271,11 @@ class _Run:
     def _refit(self, site: str, calls: list[Call]) -> None:
         note = "not asked for"
         if self.recipe.refit:
+            before, old = self.gap(), _copy(self.rewritten.module)
             done, names, note = refit_projection(self.rewritten, site, calls)
+            if names and not self.gap() < before:
+                _put_back(self.rewritten.module, {n: old[n] for n in names})
+                done, names, note = None, [], "the whole model was no better with the refit"
             self.state.records.setdefault("touched", []).extend(names)
             if done is not None:
                 pair = [done.before**0.5, done.after**0.5]
@@ -355,6 +360,17 @@ def _set_aside(data: list[Batch]) -> tuple[list[Batch], list[Batch]]:
     step = min(12, len(data) // 2)
     chosen = set(range(step // 2, len(data), step))
     return [b for i, b in enumerate(data) if i not in chosen], [data[i] for i in sorted(chosen)]
+
+
+def _copy(module: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in module.named_parameters()}
+
+
+@torch.no_grad()
+def _put_back(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    named = dict(module.named_parameters())
+    for name, value in values.items():
+        named[name].copy_(value)
 
 
 def _spread(data: list[Batch], seed: int) -> list[Batch]:

@@ -62,10 +62,11 @@ class Loop:
     ) -> None:
         self.task, self.state, self.save_now, self.report = task, state, save, report
         self.save_every = save_every
-        self.optimiser = torch.optim.Adam(
-            [{"params": [p], "lr": task.rates[n], "name": n} for n, p in task.params.items()],
-            betas=(0.9, 0.98),
-        )
+        groups = [
+            {"params": [p for n, p in task.params.items() if task.rates[n] == rate], "base": rate}
+            for rate in sorted(set(task.rates.values()))
+        ]
+        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.98), fused=True)
         self.misses = 0
         self.checked = 0
         self.last_loss = math.nan
@@ -133,7 +134,7 @@ class Loop:
         fall = 0.5 + 0.5 * math.cos(math.pi * done)
         factor = state.lr_factor * min(1.0, (state.step + 1) / WARM_UP) * fall
         for group in self.optimiser.param_groups:
-            group["lr"] = self.task.rates[group["name"]] * factor
+            group["lr"] = group["base"] * factor
         self.optimiser.zero_grad(set_to_none=True)
         loss = self.task.loss(state.step, done)
         state.step += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,7 +69,6 @@ def end_task(
     """The end-to-end stage over all calibration batches."""
     student = Tapped(rewritten.module, hidden_nodes(rewritten))
     targets = Teacher(teacher, batches, recipe.cache_bytes)
-    wanted = Teacher(teacher, validation, recipe.cache_bytes // 4)
 
     def loss(step: int, done: float) -> Tensor:
         index = shuffled(step, len(batches), seed, "end")
@@ -78,16 +77,25 @@ def end_task(
         pairs = list(zip(mine, hidden, strict=True))
         return model_loss(floating(got), outputs, pairs, batches[index])
 
-    @torch.no_grad()
-    def validate() -> float:
-        total = 0.0
-        for index, batch in enumerate(validation):
-            got = floating(student(**batch)[0])
-            total += float(model_loss(got, wanted(index)[0], [], batch))
-        return total / len(validation)
-
+    validate = model_gap(rewritten, teacher, validation)
     params, rates = trainable(rewritten, recipe)
     return Task("end", "end to end", "", params, rates, loss, validate, seconds, recipe.end_steps)
+
+
+def model_gap(rewritten: Rewritten, teacher: Rewritten, batches: Batches) -> Callable[[], float]:
+    """A function that gives the mean `model_loss` on `batches`, without hidden states."""
+    wanted: list[list[Tensor]] = []
+
+    @torch.no_grad()
+    def gap() -> float:
+        if not wanted:
+            wanted.extend(floating(teacher.module(**b)) for b in batches)
+        total = 0.0
+        for target, batch in zip(wanted, batches, strict=True):
+            total += float(model_loss(floating(rewritten.module(**batch)), target, [], batch))
+        return total / len(batches)
+
+    return gap
 
 
 def trainable(

@@ -23,11 +23,11 @@ class Recipe:
     the graph but embedding tables.
     """
 
-    site_share: float = 0.25
-    sequential_share: float = 0.08
+    site_share: float = 0.15
+    sequential_share: float = 0.03
     site_lr: float = 5e-2
-    form_lr: float = 1e-2
-    weight_lr: float = 5e-4
+    form_lr: float = 2e-3
+    weight_lr: float = 1e-4
     scales: tuple[float, ...] = (1.0, 2.0, 3.0)
     site_steps: int = 0
     end_steps: int = 0

@@ -17,6 +17,7 @@ from rewriter.fit_report import Recipe
 from rewriter.linears import Linear, output_projection
 from rewriter.ridge import Refit, refit
 
+HELD_OUT = 4  # one sample in four chooses the penalty of a refit
 MEASURED = 4  # calls of a site that decide and measure
 
 
@@ -147,15 +148,17 @@ def refit_projection(
         return None, [], why
     attention = rewritten.attention(site)
     weight, bias = _values(rewritten, linear)
-    inputs, wanted = [], []
+    rows: list[tuple[bool, Tensor, Tensor]] = []
     for call in calls:
-        keep = row_mask(attention, call)[:, 0, :, 0].bool()
+        keep = row_mask(attention, call)[:, 0, :, 0].bool().expand(call.q.shape[0], -1)
         got = attention(call.q, call.k, call.v, call.key_mask, call.bias)
-        inputs.append(_rows(got)[keep])
-        wanted.append(F.linear(_rows(call.out)[keep], weight, bias))
-    x, y = torch.cat(inputs), torch.cat(wanted)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    done = refit(x[order], y[order], weight, bias)
+        x, y = _rows(got), F.linear(_rows(call.out), weight, bias)
+        rows += [(i % HELD_OUT == HELD_OUT - 1, x[i][k], y[i][k]) for i, k in enumerate(keep)]
+    # Rows of one sample are alike, so whole samples are held out, not rows.
+    rows.sort(key=lambda row: row[0])
+    last = sum(len(x) for held, x, _ in rows if held)
+    x, y = torch.cat([x for _, x, _ in rows]), torch.cat([y for _, _, y in rows])
+    done = refit(x, y, weight, bias, last / len(x) if last else 0.2)
     if done.penalty == 0:
         return done, [], "no penalty did better than the old weights"
     _assign(rewritten, linear, done)
