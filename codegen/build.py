@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import tempfile
@@ -109,11 +110,10 @@ def _command(name: str) -> list[str]:
     base, _, triple = name.partition(":")
     if base != _ZIG:
         return [base] if shutil.which(base) else []
-    try:
-        import ziglang
-    except ImportError:
+    package = importlib.util.find_spec(_ZIG)
+    if package is None or package.origin is None:
         return []
-    zig = Path(ziglang.__file__).parent / "zig"
+    zig = Path(package.origin).parent / "zig"
     return [str(zig), "cc", *(["-target", triple] if triple else [])]
 
 

@@ -95,13 +95,13 @@ def _refuse_dynamic(ep: ExportedProgram) -> None:
 
 def _decomposed(ep: ExportedProgram) -> ExportedProgram:
     """A decomposed copy of `ep` with the operators in KEPT whole."""
-    table = torch.export.default_decompositions()
+    table: Any = torch.export.default_decompositions()
     for op in list(table):
         if str(op).removeprefix("aten.") in KEPT:
             table.pop(op)
     notes = ep.graph_module.meta.get("rewriter_notes", ())
     with torch.no_grad():
-        done = ep.run_decompositions(table)
+        done: ExportedProgram = ep.run_decompositions(table)
     if done is ep:
         done = copy.copy(ep)
     done.graph_module.meta["rewriter_notes"] = notes
@@ -124,7 +124,8 @@ def _drop_constant_inputs(ep: ExportedProgram) -> None:
             ep.graph.erase_node(node)
             signature.input_specs.remove(spec)
     output = ep.graph.output_node()
-    kept, marks = [], []
+    kept: list[Any] = []
+    marks: list[int | None] = []
     for value, spec in zip(output.args[0], signature.output_specs, strict=True):
         tensor = not isinstance(spec.arg, ConstantArgument) and value is not None
         if tensor:

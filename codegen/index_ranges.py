@@ -33,9 +33,10 @@ def _tables(node: Node, seen: set[Any]) -> Iterator[int]:
             continue
         seen.add(user)
         name = getattr(user.target, "__name__", "").split(".")[0]
-        if name == "embedding" and user.args[1] is node:
-            yield int(user.args[0].meta["val"].shape[0])
-        elif name == "index_select" and user.args[2] is node:
-            yield int(user.args[0].meta["val"].shape[user.args[1]])
+        args: tuple[Any, ...] = user.args
+        if name == "embedding" and args[1] is node:
+            yield int(args[0].meta["val"].shape[0])
+        elif name == "index_select" and args[2] is node:
+            yield int(args[0].meta["val"].shape[args[1]])
         elif name in _PASSING:
             yield from _tables(user, seen)

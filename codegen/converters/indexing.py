@@ -45,7 +45,8 @@ def _wrapped(importer: Any, index: Any, size: int) -> Any:
 
 def convert_index(node: Any, importer: Any) -> Any:
     """``aten.index.Tensor(x, indices)`` with integer indices; None stands for a whole axis."""
-    x, indices, saved = importer.env[node.args[0]], node.args[1], {}
+    x, indices = importer.env[node.args[0]], node.args[1]
+    saved: dict[Any, Any] = {}
     given = [i for i in indices if i is not None]
     if len(given) == 1 and indices[0] is not None:
         index = _wrapped(importer, importer.env[given[0]], shape_of(x)[0])

@@ -12,7 +12,9 @@ from codegen.converters import shape_of
 
 def before_reshape(importer: Any, value: Any) -> Any:
     """What `value` was before it was reshaped; `value` itself if it was not."""
-    bound = importer.block_builder.lookup_binding(value) if isinstance(value, relax.Var) else None
+    bound: Any = None
+    if isinstance(value, relax.Var):
+        bound = importer.block_builder.lookup_binding(value)
     if getattr(getattr(bound, "op", None), "name", "") == "relax.reshape":
         return bound.args[0]
     return value
