@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from passes.site import AttentionSite
 from passes.substitute import Rewritten
 
 _ATEN = torch.ops.aten
@@ -122,7 +123,7 @@ def output_projection(rewritten: Rewritten, site_id: str) -> tuple[Linear | None
         if node.target in _MOVES:
             labels = _moved(labels, node)
         elif node.target in _VIEWS:
-            labels = _viewed(labels, node, site.dims.H * site.dims.E)
+            labels = _viewed(labels, node, site)
         elif node.target not in _SAME:
             return None, f"{node.target} stands before any linear layer"
         if not labels:
@@ -144,12 +145,26 @@ def _moved(labels: list[str], node: Node) -> list[str]:
     return made
 
 
-def _viewed(labels: list[str], node: Node, width: int) -> list[str]:
-    """Labels after a view: the heads must become one last axis [.., H, E] -> [.., HE]."""
-    value = node.meta.get("val")
-    if value is None or value.shape[-1] != width:
+def _viewed(labels: list[str], node: Node, site: AttentionSite) -> list[str]:
+    """Labels after a view: the heads must become one last axis [.., H, E] -> [.., HE].
+
+    Views that change nothing, and those to [B * H, T, E] and back, are passed.
+    """
+    value, before = node.meta.get("val"), node.args[0].meta.get("val")  # type: ignore[union-attr]
+    if value is None:
         return []
-    if labels[-1] == "HE" or labels[-2:] == ["H", "E"]:
+    heads, width = site.dims.H, site.dims.E
+    if before is not None and list(map(str, before.shape)) == list(map(str, value.shape)):
+        return labels
+    if labels == ["B", "H", "T", "E"] and value.dim() == 3 and value.shape[-1] == width:
+        return ["BH", "T", "E"]
+    if (
+        labels == ["BH", "T", "E"]
+        and value.dim() == 4
+        and tuple(value.shape[1::2]) == (heads, width)
+    ):
+        return ["B", "H", "T", "E"]
+    if value.shape[-1] == heads * width and (labels[-1] == "HE" or labels[-2:] == ["H", "E"]):
         return ["rest"] * (value.dim() - 1) + ["HE"]
     return []
 

