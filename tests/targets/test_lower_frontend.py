@@ -7,7 +7,7 @@ from torch import nn
 
 from codegen.frontend import to_relax
 from codegen.lower import lower
-from codegen.schedule import Outcome, rules, schedule, workload_key
+from codegen.schedule import Outcome, rules, workload_key
 from codegen.specs import TensorSpec
 from codegen.target import target_named
 from passes.errors import LoweringError
@@ -140,7 +140,6 @@ def test_workload_keys_tell_kernels_apart():
         return [workload_key(f) for f in funcs]
 
     assert keys(48) == keys(48) != keys(64)
-    assert schedule is not None
 
 
 def test_specs_round_trip():
