@@ -15,9 +15,11 @@ from rewriter.fit_report import Stage
 from rewriter.fit_state import FitState
 
 Report = Callable[..., None]
-WARM_UP = 10  # steps
+WARM_UP = 10  # steps, at least
+WARM_SHARE = 0.08  # of the task; Adam's first steps move every weight alike, useful or not
 CHECKS = 10  # validations of one loop
 PATIENCE = 5  # validations without a better one
+EARLIEST = 0.7  # share of a task before which it is not ended early: the rate is still high
 MOST_SKIPS = 8  # steps without a finite loss before the loop gives up
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -126,13 +128,15 @@ class Loop:
         return self.state.step / self.task.steps
 
     def _hopeless(self) -> bool:
-        return self.misses >= PATIENCE or self.state.skipped >= MOST_SKIPS
+        stuck = self.misses >= PATIENCE and self._fraction() >= EARLIEST
+        return stuck or self.state.skipped >= MOST_SKIPS
 
     def _step(self) -> None:
         state = self.state
         done = min(self._fraction(), 1.0)
         fall = 0.5 + 0.5 * math.cos(math.pi * done)
-        factor = state.lr_factor * min(1.0, (state.step + 1) / WARM_UP) * fall
+        warm = min(1.0, (state.step + 1) / WARM_UP, (done + 0.01) / WARM_SHARE)
+        factor = state.lr_factor * warm * fall
         for group in self.optimiser.param_groups:
             group["lr"] = group["base"] * factor
         self.optimiser.zero_grad(set_to_none=True)
