@@ -23,7 +23,7 @@ from passes.mask import Frame, classify
 from passes.match import Stop
 from passes.match_sdpa import opaque_reason, rebuild_sdpa
 from passes.match_softmax import constant, match_softmax
-from passes.ops import op_of, shape, val
+from passes.ops import op_of, val
 from passes.origin import dims_of, module_path, source_line, symbol_names
 from passes.prove import prove
 from passes.rebuild import Rebuilt, rebuild
@@ -158,22 +158,20 @@ class _Work:
             dtype=str(val(q).dtype).removeprefix("torch."),
             scale=float(str(sdpa.kwargs["scale"])),
             mask=facts,
-            cross=is_cross(q, k, facts),
+            cross=is_cross(q, k),
             dropout=float(str(dropout)),
             source=source_line(sdpa),
             found_by=found_by,
         )
 
 
-def is_cross(q: Node, k: Node, mask: Mask) -> bool:
-    """Whether keys come from other tokens than queries.
+def is_cross(q: Node, k: Node) -> bool:
+    """Whether queries and keys are made from different activations.
 
-    They do if q and k share no activation; also if their numbers of tokens differ, unless new
-    queries look back causally (decoding with stored keys).
+    Keys that are a reduced copy of the queries' own tokens (the spatial reduction of PVT and
+    Segformer) or an older part of the same sequence are no cross attention, though T != S.
     """
-    if not sources(q) & sources(k):
-        return True
-    return shape(q)[2] != shape(k)[2] and not mask.causal
+    return not sources(q) & sources(k)
 
 
 def name_sites(module: GraphModule) -> None:

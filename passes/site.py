@@ -74,7 +74,9 @@ class AttentionSite:
     """One softmax attention of a traced graph.
 
     `id` is the module path and an ordinal ("encoder.layer.0.attention.self#0") and survives a
-    re-trace; `node` is the graph's own name for the SDPA node and does not.
+    re-trace; `node` is the graph's own name for the SDPA node and does not. `cross` says that keys
+    and queries are made from different activations (a decoder over an encoder's output); keys that
+    are a reduced copy of the queries' own tokens (T != S) are not cross.
     """
 
     id: str

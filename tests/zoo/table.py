@@ -23,9 +23,9 @@ What is found in small random-weight configurations of real models. Written by
 and checks every site exactly (id, mask, sizes, scale, dropout) and that the canonical graph gives
 the model's own numbers, with fixed and with dynamic sizes.
 
-`cross`: the keys are other tokens than the queries (a decoder over an encoder's output, but also
-keys reduced by a convolution). `found by`: `sdpa`, torch's own operator; `softmax`, written out as
-matmul, softmax, matmul. `dynamic`: axes that may change after tracing.
+`cross`: keys and queries are made from different activations (a decoder over an encoder's
+output); keys that are a reduced copy of the queries' own tokens are not. `found by`: `sdpa`,
+torch's own operator; `softmax`, written out as matmul, softmax, matmul. `dynamic`: axes that may change after tracing.
 
 | Model | Code | Sites | Mask | Cross | Heads (key heads) | Found by | Near misses | Dynamic |
 |---|---|---|---|---|---|---|---|---|

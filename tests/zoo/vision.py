@@ -46,8 +46,7 @@ def _swin_sites() -> tuple[Site, ...]:
 
 
 # 32 pixels: 8 x 8 tokens in stage one, reduced by 4 to 2 x 2 keys; 4 x 4 tokens in stage two,
-# reduced by 2 to 2 x 2 keys. A site is `cross` when its keys are other tokens than its queries
-# (passes.canonicalise.is_cross), and reduced tokens are.
+# reduced by 2 to 2 x 2 keys. Reduced copies of the queries' own tokens are no cross attention.
 _PYRAMID = {
     "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [4, 2], "hidden_sizes": [16, 32],
     "patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2],
@@ -56,8 +55,8 @@ _PYRAMID = {
 
 def _pyramid_sites(pattern: str) -> tuple[Site, ...]:
     return (
-        Site(pattern.format(s=0) + "#0", "none", (B, 2, 2, 64, 4, 8, 8), cross=True),
-        Site(pattern.format(s=1) + "#0", "none", (B, 4, 4, 16, 4, 8, 8), cross=True),
+        Site(pattern.format(s=0) + "#0", "none", (B, 2, 2, 64, 4, 8, 8)),
+        Site(pattern.format(s=1) + "#0", "none", (B, 4, 4, 16, 4, 8, 8)),
     )
 
 
