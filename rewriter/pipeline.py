@@ -164,10 +164,13 @@ def _complete(
     tuned: Any,
 ) -> None:
     notes = [*lowered.notes, *([note] if note else [])]
-    if tuned is not None:
-        notes.append(tuned.summary())
     weights = sum(array.nbytes for array in lowered.weights.values())
     facts = {"weights_bytes": weights, "seconds": dict(stages.seconds)}
+    if tuned is not None:
+        tuned.name_all(lowered.unscheduled)
+        notes.append(tuned.summary())
+        facts["tuning"] = tuned.to_json()
+        tuned.close()
     report = result.report
     if report.fidelity is None:
         report = report.with_fidelity(measure_fidelity(result))
