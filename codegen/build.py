@@ -14,7 +14,7 @@ from typing import Any
 import tvm
 from tvm import relax, tirx
 
-from codegen import tvm_env
+from codegen import cuda, tvm_env
 from codegen.lower import Lowered
 from codegen.target import Target
 from passes.errors import LoweringError
@@ -40,14 +40,15 @@ def build(lowered: Lowered, target: Target) -> Built:
         LoweringError: no linker was found, the linker failed, or code generation failed.
     """
     linker = find_linker(target)
-    executable = compile_vm(lowered, target)
+    with cuda.embedding(target) as kernels:
+        executable = compile_vm(lowered, target)
     with tempfile.TemporaryDirectory(prefix="rewriter_") as folder:
         path = Path(folder) / "code.so"
         try:
             executable.export_library(str(path), fcompile=linker)
         except RuntimeError as error:
             raise LoweringError(f"linking for {target.name} failed: {error}") from error
-        return Built(path.read_bytes())
+        return Built(kernels.put(path.read_bytes()))
 
 
 def compile_vm(lowered: Lowered, target: Target) -> Any:

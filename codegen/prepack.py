@@ -87,6 +87,8 @@ class _Prepack(PyExprMutator):  # type: ignore[misc]
 
     def _matmul(self, call: Any) -> Any | None:
         x, y = call.args
+        if self.target.kind == "gpu":  # its rule takes the product as it is
+            return None
         if not (dtype_of(x) == dtype_of(y) == "float32") or min(x.ty.ndim, y.ty.ndim) < 2:
             return None
         weight, shared = self._weight(y)
@@ -108,6 +110,9 @@ class _Prepack(PyExprMutator):  # type: ignore[misc]
         )
 
     def _dense(self, x: Any, weight: Any) -> Any:
+        if self.target.kind == "gpu":
+            plain = relax.const(np.ascontiguousarray(weight.T))
+            return self.builder_.emit(relax.op.matmul(x, plain))
         packed = relax.const(dense.pack(weight, dense.panel_width(self.target)))
         columns = int(weight.shape[0])
         return self._te(
@@ -182,14 +187,15 @@ class _Prepack(PyExprMutator):  # type: ignore[misc]
 
     def _convolution(self, x: Any, weight: Any, shape: conv.ConvShape, groups: int) -> Any:
         kernel = tuple(int(n) for n in weight.shape[2:])
-        if groups > 1:
+        patches = kernel == shape.stride and not any(shape.padding) and shape.dilation == (1, 1)
+        if groups > 1 or (self.target.kind == "gpu" and not patches):
             return self._te(
                 lambda a, w: conv.grouped_conv2d(a, w, groups, shape),
                 x,
                 relax.const(weight),
                 name="grouped_conv2d",
             )
-        if kernel == shape.stride and not any(shape.padding) and shape.dilation == (1, 1):
+        if patches:
             return self._patches(x, weight)
         packed = relax.const(conv.pack_conv(weight, dense.panel_width(self.target)))
         channels = int(weight.shape[0])

@@ -21,13 +21,14 @@ def target() -> Target:
             "max_threads_per_block": 1024,
             "max_shared_memory_per_block": 49152,
             "thread_warp_size": 32,
+            "host": {"kind": "llvm", "mtriple": "x86_64-linux-gnu"},
         },
         features=("sm_90",),
-        vector_bytes=16,
+        # A warp as a vector: sums along rows have 32 partial results, one for each lane.
+        vector_bytes=64,
         vector_registers=255,
         l1_bytes=227 * 1024,
         l2_bytes=50 * 1024 * 1024,
         threads=1,
         description="NVIDIA Hopper GPU",
-        options={"host": {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}},
     )
