@@ -144,9 +144,10 @@ class Tuner:
                 if task is None:
                     return True
                 self._report(task)
+                fresh = not task.trials
                 if task.key != opened:
                     opened = task.key if self._open(client, task) else ""
-                if opened:
+                if opened and not fresh:
                     self._turn(client, task)
         return False
 

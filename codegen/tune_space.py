@@ -29,6 +29,8 @@ _MARK = "rewriter.loop"
 # A sampled register tile may be at most so many times the rule's: code size grows with it.
 _GROWTH = 2
 _PARENTS, _ATTEMPTS, _BATCH = 6, 40, 4
+# How often a variant also exchanges two loops of the rule's order.
+_SWAPS = 0.3
 
 
 def plain(value: Any) -> Any:
@@ -165,19 +167,17 @@ def outputs_of(func: Any) -> list[int]:
 
 
 class OwnSpace:
-    """Random and bred variants of the default rule's schedule."""
+    """Random and bred variants of the default rule's schedule: tile sizes and loop orders."""
 
     def __init__(self, func: Any, target: Target, seed: int) -> None:
         self._func, self._rng, self._lanes = func, random.Random(seed), target.lanes
         self.default = default_trace(func, target)
         self._trace = sampled(func, self.default) if self.default is not None else None
-        self._parents: list[tuple[float, list[Any]]] = []
-        if self._trace is not None:
-            self._parents.append((1.0, self._trace[1]))
+        self._parents = [(1.0, self._trace)] if self._trace is not None else []
 
     def tell(self, trace: Any, ratio: float) -> None:
         """A variant that ran."""
-        self._parents = sorted([*self._parents, (ratio, trace[1])], key=lambda p: p[0])[:_PARENTS]
+        self._parents = sorted([*self._parents, (ratio, trace)], key=lambda p: p[0])[:_PARENTS]
 
     def next(self, seen: set[str]) -> Any | None:
         """A variant not in `seen`; None if none was found."""
@@ -191,25 +191,37 @@ class OwnSpace:
 
     def _variant(self, attempt: int) -> Any | None:
         """Some decisions of a parent kept, the others (absent here) sampled when replayed."""
-        _, parent = self._rng.choice(self._parents)
+        _, (insts, decisions) = self._rng.choice(self._parents)
         kept = 0.7 if attempt < _ATTEMPTS // 2 else 0.3
-        decisions = [d for d in parent if self._rng.random() < kept]
-        assert self._trace is not None
+        if self._rng.random() < _SWAPS:
+            insts = self._swapped(insts)
+        decisions = [d for d in decisions if self._rng.random() < kept]
         try:
-            sch = replay(self._func, [self._trace[0], decisions], self._rng.randrange(1, 1 << 30))
+            sch = replay(self._func, [insts, decisions], self._rng.randrange(1, 1 << 30))
         # Not every size fits what the rule does next; TVM raises several types for that.
         except Exception:
             return None
         made = trace_json(sch)
-        return made if self._worth_trying(made[1]) else None
+        return made if self._worth_trying(made) else None
 
-    def _worth_trying(self, decisions: list[Any]) -> bool:
+    def _swapped(self, insts: list[Any]) -> list[Any]:
+        """The same steps with two neighbours of one loop order exchanged."""
+        orders = [i for i, inst in enumerate(insts) if inst[0] == "Reorder"]
+        if not orders:
+            return insts
+        at = self._rng.choice(orders)
+        loops = list(insts[at][1])
+        first = self._rng.randrange(len(loops) - 1)
+        loops[first : first + 2] = loops[first + 1], loops[first]
+        return [*insts[:at], [insts[at][0], loops, *insts[at][2:]], *insts[at + 1 :]]
+
+    def _worth_trying(self, trace: Any) -> bool:
         """Not the default again, and vectors stay (half) vectors."""
         assert self._trace is not None
-        default, half = self._trace[1], max(1, self._lanes // 2)
-        return decisions != default and all(
+        half = max(1, self._lanes // 2)
+        return trace != self._trace and all(
             was[-1] % self._lanes or now[-1] % half == 0
-            for (_, was), (_, now) in zip(default, decisions, strict=True)
+            for (_, was), (_, now) in zip(self._trace[1], trace[1], strict=True)
             if isinstance(was, list)
         )
 
