@@ -58,20 +58,30 @@ def parallel_chunks(sch: Any, loops: list[Any], target: Target) -> tuple[Any, An
     The chunks load the threads evenly and are as long as that allows. They are cut at one loop
     (the loops before it whole), because TVM can not prove a cut across fused loops safe.
     """
-    sizes, workers = [extent(sch, loop) for loop in loops], threads(target)
-    count = math.prod(sizes)
-
-    def cost(cut: tuple[int, int]) -> float:
-        parts = math.prod(sizes[: cut[0]]) * cut[1]
-        return -(-parts // workers) * (count // parts) * (1 + 0.02 * parts / workers)
-
-    at, parts = min(
-        ((i, c) for i, n in enumerate(sizes) for c in range(1, n + 1) if n % c == 0), key=cost
-    )
+    sizes = [extent(sch, loop) for loop in loops]
+    _, at, parts = _best_cut(sizes, target)
     outer, inner = sch.split(loops[at], [parts, None])
     chunk = fuse_all(sch, [*loops[:at], outer])
     sch.parallel(chunk)
     return chunk, fuse_all(sch, [inner, *loops[at + 1 :]])
+
+
+def chunk_cost(sizes: list[int], target: Target) -> float:
+    """Time of the busiest thread under `parallel_chunks`, 1.0 being an even share."""
+    return _best_cut(sizes, target)[0]
+
+
+def _best_cut(sizes: list[int], target: Target) -> tuple[float, int, int]:
+    """(cost, which loop to cut, into how many parts)."""
+    count, workers = math.prod(sizes), threads(target)
+
+    def cost(at: int, parts: int) -> float:
+        chunks = math.prod(sizes[:at]) * parts
+        busiest = -(-chunks // workers) * workers / chunks
+        return busiest * (1 + 0.02 * chunks / workers)
+
+    cuts = ((at, c) for at, n in enumerate(sizes) for c in range(1, n + 1) if n % c == 0)
+    return min(((cost(*cut), *cut) for cut in cuts), default=(float(count), 0, 1))
 
 
 def vector_split(sch: Any, loop: Any, lanes: int) -> bool:

@@ -8,11 +8,10 @@ from codegen.kernels.dense import panel_width, row_tile
 from codegen.rule import Rule
 from codegen.schedules._common import (
     Blocks,
+    chunk_cost,
     extent,
     fuse_all,
     parallel_chunks,
-    size,
-    threads,
     vector_split,
 )
 from codegen.target import Target
@@ -60,19 +59,18 @@ def _store_block(blocks: Blocks) -> Any:
 
 
 def _parallel(sch: Any, blocks: Blocks, tiles: list[Any], panel: Any, target: Target) -> Any:
-    """Parallel over row tiles when there are enough, else over panels; returns the tile's loop.
+    """Parallel over row tiles or over panels, whichever loads the threads better.
 
     Inside one thread a panel is used for all of the thread's rows before the next one is read.
     """
     packs = "dense_panel" in blocks.names
-    count, panels = size(sch, tiles), extent(sch, panel)
-    if packs or (count < 2 * threads(target) and panels > count):
-        sch.reorder(panel, *tiles)
+    rows, panels = [extent(sch, t) for t in tiles], [extent(sch, panel)]
+    sch.reorder(panel, *tiles)  # leaves the panel outside; chunks of rows go around it
+    if packs or chunk_cost(panels, target) < chunk_cost(rows, target):
         _, inner = parallel_chunks(sch, [panel], target)
         if packs:
             pack_panel(sch, blocks.named("dense_panel"), inner)
         return fuse_all(sch, tiles)
-    sch.reorder(panel, *tiles)  # leaves the panel outside; the chunks go around it next
     chunk, inner = parallel_chunks(sch, tiles, target)
     sch.reorder(chunk, panel, inner)
     return inner
