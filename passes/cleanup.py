@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from passes.ops import has_tensor, is_inplace, op_of, source
+from passes.ops import has_tensor, hint, is_inplace, op_of, source
 from passes.trace_inputs import check_call
 from passes.traced import Traced
 
@@ -37,9 +37,21 @@ def examples_of(traced: Traced, module: GraphModule) -> dict[Node, Any]:
     if spec is not None:
         order = spec.in_spec.unflatten([None] * spec.in_spec.num_leaves)[1]
         leaves = pytree.tree_leaves((traced.example_args, {k: kwargs[k] for k in order}))
-        return dict(zip(nodes, leaves, strict=True))
+        return {n: _at_traced_size(n, v) for n, v in zip(nodes, leaves, strict=True)}
     values = dict(zip(names, traced.example_args, strict=False)) | kwargs
-    return {n: values.get(str(n.target), values.get(n.name, _default(n))) for n in nodes}
+    found = {n: values.get(str(n.target), values.get(n.name, _default(n))) for n in nodes}
+    return {n: _at_traced_size(n, v) for n, v in found.items()}
+
+
+def _at_traced_size(node: Node, value: Any) -> Any:
+    """`value` repeated along axes of size one that the trace widened (a dynamic batch of one)."""
+    traced = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not isinstance(traced, torch.Tensor):
+        return value
+    times = [
+        hint(want) if have == 1 else 1 for have, want in zip(value.shape, traced.shape, strict=True)
+    ]
+    return value.repeat(times) if any(t != 1 for t in times) else value
 
 
 def _default(node: Node) -> Any:

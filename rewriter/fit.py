@@ -1,7 +1,7 @@
 """fit: make what was put in behave like what was taken out, without labels, in a given time.
 
-The order: capture, each site alone, each site behind the rewritten ones before it with a
-closed-form refit of its projection, the whole model, then the worst sites back to softmax.
+The order: capture, each site alone, a closed-form refit of its projection, all attention blocks
+at once on the original's activations, the whole model, then the worst sites back to softmax.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from passes.substitute import Rewritten
 from rewriter.calibration import Batch, check_batches
 from rewriter.capture import Call, capture
 from rewriter.fidelity import Fidelity, Metric, compare, run_outputs
+from rewriter.fit_block import block_task
 from rewriter.fit_loop import Loop, Task
 from rewriter.fit_model import end_task, form_prefix, model_gap, teacher_of, trainable
 from rewriter.fit_report import FitReport, Recipe, Revert, SiteFit, Stage
@@ -145,6 +146,7 @@ class _Run:
         if self.seconds > 0:
             self._fit_sites()
             self._fit_in_order()
+            self._fit_blocks()
             self._fit_model()
             self._measure_sites("after")
         now = against(self.rewritten.module)
@@ -271,9 +273,12 @@ class _Run:
             mine = capture(self.rewritten, self.spread, [site], size // len(todo))[site]
             calls = _paired(mine, theirs[site])
             prefix = form_prefix(self.rewritten, site)
-            self._do(
-                sequential_task(self.rewritten, site, calls, self.recipe, share, self.seed, prefix)
-            )
+            if share:
+                self._do(
+                    sequential_task(
+                        self.rewritten, site, calls, self.recipe, share, self.seed, prefix
+                    )
+                )
             self._refit(site, calls)
 
     def _refit(self, site: str, calls: list[Call]) -> None:
@@ -290,6 +295,18 @@ class _Run:
                 self.state.records.setdefault("projection", {})[site] = pair
         self.state.records.setdefault("notes", {})[site] = note
         self._done(f"refit {site}")
+
+    def _fit_blocks(self) -> None:
+        """The attention blocks of all rewritten sites at once, on the original's activations."""
+        if "blocks" in self.state.done or not self.recipe.block_share:
+            return
+        seconds = self.recipe.block_share * self.seconds
+        recipe, seed = self.recipe, self.seed
+        self._do(
+            block_task(
+                self.rewritten, self.teacher, self.train, self.validation, recipe, seconds, seed
+            )
+        )
 
     def _fit_model(self) -> None:
         """The whole model with the time that is left."""

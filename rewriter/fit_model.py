@@ -43,7 +43,7 @@ class Teacher:
             return self.kept[index]
         outputs, hidden = self.model(**self.batches[index])
         # float16 holds what float32 activations say to three digits; larger values stay as they are
-        small = [_half(t) for t in hidden]
+        small = [half(t) for t in hidden]
         made = (floating(outputs), small)
         size = sum(t.numel() * t.element_size() for part in made for t in part)
         if self.held + size <= self.max_bytes:
@@ -52,7 +52,8 @@ class Teacher:
         return made
 
 
-def _half(value: Tensor) -> Tensor:
+def half(value: Tensor) -> Tensor:
+    """`value` as float16, or as it is where that would overflow."""
     small = value.half()
     return small if bool(torch.isfinite(small).all()) else value
 

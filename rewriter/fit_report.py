@@ -16,24 +16,28 @@ TRAIN = ("forms", "projections", "layers")
 class Recipe:
     """How a fit spends its time; the defaults serve encoders on a few cores for minutes.
 
-    Shares are of the whole budget; the end-to-end stage gets what the sites leave. Step limits
+    Shares are of the whole budget; the end-to-end stage gets what is left. Step limits
     make a fit the same on every machine (time then only stops it early); 0: only time counts.
-    `train` says what the end-to-end stage trains besides the forms: "forms" nothing, "projections"
-    the q, k, v and output projections of the rewritten sites, "layers" every float parameter of
-    the graph but embedding tables.
+    `train` says what is trained besides the forms: "forms" nothing, "projections" the q, k, v and
+    output projections of the rewritten sites, "layers" also, in the end-to-end stage, every float
+    parameter of the graph but embedding tables.
     """
 
-    site_share: float = 0.15
-    sequential_share: float = 0.03
+    site_share: float = 0.06
+    sequential_share: float = 0.0
+    block_share: float = 0.8
     site_lr: float = 5e-2
-    form_lr: float = 2e-3
+    block_form_lr: float = 2e-2
+    block_weight_lr: float = 2e-3
+    form_lr: float = 1e-3
     weight_lr: float = 1e-4
     scales: tuple[float, ...] = (1.0, 2.0, 3.0)
     site_steps: int = 0
+    block_steps: int = 0
     end_steps: int = 0
     tokens: int = 512
     capture_bytes: int = 384 << 20
-    cache_bytes: int = 512 << 20
+    cache_bytes: int = 1 << 30
     save_every: float = 8.0
     train: str = "layers"
     refit: bool = True
@@ -41,8 +45,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.train not in TRAIN:
             raise UsageError(f"train: {self.train!r} is not one of {', '.join(TRAIN)}")
-        if not 0 <= self.site_share + self.sequential_share < 1:
-            raise UsageError("site_share and sequential_share must leave time for the model")
+        if not 0 <= self.site_share + self.sequential_share + self.block_share < 1:
+            raise UsageError("the shares of sites, sequence and blocks must leave time")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

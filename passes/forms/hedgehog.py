@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from passes.form import Form, FormSpec, Paper, Params, Verdict
+from passes.errors import UsageError
+from passes.form import Form, FormConfig, FormSpec, Paper, Params, Verdict
 from passes.forms._linear import (
     accumulate_dtype,
     linear_attention,
@@ -25,12 +27,26 @@ from passes.site import AttentionSite
 EPS = 1e-12  # the features are normalised, so their product can be honestly small
 
 
+@dataclass(frozen=True)
+class HedgehogConfig(FormConfig):
+    """`feature_dim` R is the width of the learned map, and 2 R the number of features; 0: D.
+
+    More features follow peaked attention more closely and cost in proportion.
+    """
+
+    feature_dim: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.feature_dim, int) or not 0 <= self.feature_dim <= 1024:
+            raise UsageError(f"feature_dim: a whole number from 0 to 1024, got {self.feature_dim}")
+
+
 class Hedgehog(Form):
     """phi(x) = [softmax(y), softmax(-y)] with y = sqrt(scale) x W, W learned per head.
 
-    `w_q` [H, D, D] and `w_k` [G, D, D] start as identities; query heads of one key/value group
-    share the group's key map, so the state stays one per group. Dropout on attention weights has
-    no counterpart and is ignored.
+    `w_q` [H, D, R] and `w_k` [G, D, R] start as an identity, and rotations of it beyond D columns;
+    query heads of one key/value group share the group's key map, so the state stays one per
+    group. Dropout on attention weights has no counterpart and is ignored.
     """
 
     name = "hedgehog"
@@ -44,16 +60,22 @@ class Hedgehog(Form):
     formula = "phi(q) (phi(k)^T v) / phi(q) sum(phi(k)),  phi(x) = [softmax(x W), softmax(-x W)]"
     trainable = True
     needs = "short fit"
+    Config = HedgehogConfig
 
     def applies(self, site: AttentionSite) -> Verdict:
         """Causal and padding masks; no bias, no window, no mask tensor."""
         return linear_verdict(site, self.name)
 
     def init_params(self, site: AttentionSite) -> dict[str, torch.Tensor]:
-        """`w_q` [H, D, D], `w_k` [G, D, D], identities."""
+        """`w_q` [H, D, R], `w_k` [G, D, R]."""
         d = site.dims
-        eye = torch.eye(d.D)
-        return {"w_q": eye.repeat(d.H, 1, 1), "w_k": eye.repeat(d.G, 1, 1)}
+        start = _start(d.D, self._width(site))
+        return {"w_q": start.repeat(d.H, 1, 1), "w_k": start.repeat(d.G, 1, 1)}
+
+    def _width(self, site: AttentionSite) -> int:
+        config = self.config
+        assert isinstance(config, HedgehogConfig)
+        return config.feature_dim or site.dims.D
 
     def attend(
         self,
@@ -83,13 +105,13 @@ class Hedgehog(Form):
         return linear_weights(fq, fk, spec, key_mask, EPS).to(q.dtype)
 
     def ops(self, site: AttentionSite) -> OpCount:
-        """Projections and softmax pairs of q and k, then linear attention with 2 D features."""
+        """Projections and softmax pairs of q and k, then linear attention with 2 R features."""
         b, h, g, t, s, d, _ = sizes(site)
-        scaled = _root(site.scale) != 1.0
-        total = linear_attention_ops(site, 2 * d)
+        r, scaled = self._width(site), _root(site.scale) != 1.0
+        total = linear_attention_ops(site, 2 * r)
         for rows, heads in ((b * h * t, h), (b * g * s, g)):
-            total += project_ops(rows, heads, d, d, scaled=scaled, site=site)
-            total += softmax_pair_ops(rows, d, site)
+            total += project_ops(rows, heads, d, r, scaled=scaled, site=site)
+            total += softmax_pair_ops(rows, r, site)
         return total
 
     def kernel(
@@ -108,6 +130,15 @@ class Hedgehog(Form):
         fq = kit.softmax_pair(kit.project(q, params["w_q"], scale=root))
         fk = kit.softmax_pair(kit.project(k, params["w_k"], scale=root))
         return kit.linear_attention(fq, fk, v, key_mask=key_mask, causal=spec.causal, eps=EPS)
+
+
+def _start(d: int, r: int) -> torch.Tensor:
+    """[D, R]: an identity, then orthogonal rotations (fixed ones), cut to R columns."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.eye(d)]
+    while len(parts) * d < r:
+        parts.append(torch.linalg.qr(torch.randn(d, d, generator=generator))[0])
+    return torch.cat(parts, 1)[:, :r]
 
 
 def _root(scale: float) -> float:

@@ -313,3 +313,13 @@ def test_canonical_graph_is_stable() -> None:
     once = canonicalise(export(Twice(), args))
     again = canonicalise(once)
     assert [s.to_json() for s in find(once).sites] == [s.to_json() for s in find(again).sites]
+
+
+def test_a_dynamic_batch_of_one_keeps_its_padding_mask() -> None:
+    """The trace doubles a dynamic axis of size one; masks must be judged at that size too."""
+    from rewriter.api import find_sites
+    from rewriter.models import load_model
+
+    loaded = load_model("minilm", tokens=24)
+    _, found = find_sites(loaded.model, loaded.example_inputs, dynamic_shapes="auto")
+    assert [s.mask.kind for s in found.sites] == ["padding"] * 6
