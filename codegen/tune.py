@@ -22,11 +22,14 @@ from passes.errors import TuningError
 Progress = Callable[..., None]
 # A winner must be faster than the default by this much, in the trial and when measured again.
 MARGIN = 0.97
+NOTHING = "there is no other schedule to try"
 TRIAL_ROUNDS, CONFIRM_ROUNDS, CONFIRM_SEEDS = 7, 25, (1, 2, 3)
 TRIAL_TIMEOUT = 20.0
 # Kernels whose workers die or whose trials fail over and over are left alone.
 _FAILURES = 12
 _TURN_SECONDS = 1.0
+# After so many trials without a better one a kernel counts half.
+_STALE = 20
 
 
 def versions() -> dict[str, str]:
@@ -105,8 +108,11 @@ class _Task:
         return known[len(known) // 2] if known else 0.0
 
     @property
-    def weight(self) -> float:
-        return self.default_seconds * self.calls * (self.best.ratio if self.best else 1.0)
+    def hope(self) -> float:
+        """Time in the model against time spent, less the longer nothing better was found."""
+        weight = self.default_seconds * self.calls * (self.best.ratio if self.best else 1.0)
+        stale = len(self.trials) - (self.best.trial if self.best else 0)
+        return weight / (self.spent + 0.5) / (1 + stale / _STALE)
 
 
 class Tuner:
@@ -152,12 +158,12 @@ class Tuner:
         return False
 
     def _choose(self) -> _Task | None:
-        """Kernels never measured first; then by time in the model against time spent."""
+        """Kernels never measured first; then the one with most hope."""
         for task in self.tasks:
             if not task.trials:
                 return task
         live = [t for t in self.tasks if not t.ended]
-        return max(live, key=lambda t: t.weight / (t.spent + 0.5), default=None)
+        return max(live, key=lambda t: t.hope, default=None)
 
     def _report(self, task: _Task) -> None:
         if self.progress is not None:
@@ -195,6 +201,8 @@ class Tuner:
             trace = search.next()
             if trace is None:
                 task.ended = True
+                if not any(t.trace is not None or t.error for t in task.trials):
+                    self._keep(task, trace=None, error=NOTHING)
                 return
             self._try(client, task, search, trace)
             self._report(task)

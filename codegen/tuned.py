@@ -12,7 +12,7 @@ from tvm import tirx
 from codegen.schedule import workload_key
 from codegen.target import Target
 from codegen.trace_store import Best, KernelStore, Store
-from codegen.tune import require_tunable, session_key
+from codegen.tune import NOTHING, require_tunable, session_key
 from codegen.tune_client import Client, Refused, WorkerDied
 from codegen.tune_space import replay
 
@@ -74,11 +74,17 @@ class Tuned:
         except (ValueError, TypeError) as error:
             return Applied(key, name, MISS, f"its record can not be trusted: {error}")
         if best is None:
-            tried = sum(t.trace is not None for t in files.trials())
-            if not tried:
-                return Applied(key, name, MISS, "no schedule was tried yet")
-            return Applied(key, name, KEPT, f"none of {tried} schedules was faster and right")
+            return self._without_winner(key, name, files)
         return self._apply(Applied(key, name, HIT, ""), func, files, best)
+
+    def _without_winner(self, key: str, name: str, files: KernelStore) -> Applied:
+        trials = files.trials()
+        tried = sum(t.trace is not None for t in trials)
+        if tried:
+            return Applied(key, name, KEPT, f"nothing faster and right in {tried} trials")
+        if any(t.error == NOTHING for t in trials):
+            return Applied(key, name, KEPT, NOTHING)
+        return Applied(key, name, MISS, "no schedule was tried yet")
 
     def _apply(self, row: Applied, func: Any, files: KernelStore, best: Best) -> Applied:
         def other(outcome: str, why: str, ratio: float | None = None) -> Applied:
@@ -118,11 +124,14 @@ class Tuned:
 
     def summary(self) -> str:
         """One sentence: hits with their gain, defaults kept, misses with the reason."""
-        rows = sorted(self.rows.values(), key=lambda r: r.name)
         parts = []
         for outcome, word in ((HIT, "hit(s)"), (KEPT, "default(s) kept"), (MISS, "miss(es)")):
-            mine = [f"{r.name} ({r.why})" for r in rows if r.outcome == outcome]
-            parts.append(f"{len(mine)} {word}" + (f": {', '.join(mine)}" if mine else ""))
+            mine = [r for r in self._sorted() if r.outcome == outcome]
+            by_why: dict[str, list[str]] = {}
+            for row in mine:
+                by_why.setdefault(row.why, []).append(row.name)
+            told = [f"{', '.join(names)} ({why})" for why, names in by_why.items()]
+            parts.append(f"{len(mine)} {word}" + (f": {', '.join(told)}" if told else ""))
         return f"tuning session {self.store.folder}: " + "; ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
@@ -133,8 +142,11 @@ class Tuned:
             "hits": counts[HIT],
             "kept": counts[KEPT],
             "misses": counts[MISS],
-            "kernels": [r.to_json() for r in sorted(self.rows.values(), key=lambda r: r.name)],
+            "kernels": [r.to_json() for r in self._sorted()],
         }
+
+    def _sorted(self) -> list[Applied]:
+        return sorted(self.rows.values(), key=lambda r: r.name)
 
     def close(self) -> None:
         """Stop the process that measured."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from codegen.trace_store import Lock
 from passes.errors import TuningError
 from rewriter.api import tune
 from rewriter.session import TuningSession
@@ -55,7 +56,7 @@ def test_killed_session_goes_on_where_it_was(tmp_path: Path) -> None:
     try:
         wait_for(folder, 8, process)
         with pytest.raises(TuningError, match="another process is tuning here"):
-            go_on(folder)
+            Lock(folder)
         workers = psutil.Process(process.pid).children(recursive=True)
         seen = count(folder)
         os.kill(process.pid, signal.SIGKILL)

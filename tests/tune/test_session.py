@@ -16,7 +16,7 @@ from rich.console import Console
 
 import codegen.tune
 from codegen.target import target_named
-from codegen.trace_store import Best, KernelStore
+from codegen.trace_store import Best, KernelStore, Lock
 from codegen.tune_space import Search, replay, trace_json
 from codegen.tuned import HIT, KEPT, MISS
 from passes.errors import TuningError, UsageError
@@ -208,6 +208,15 @@ def test_wrong_candidate_is_recorded_and_never_wins(
     for kernel in session.kernels:
         assert "Mismatch" in session.store.kernel(kernel.key).trials()[1].error
     assert {r["outcome"] for r in apply(tmp_path / "s").values()} == {KEPT}
+
+
+def test_second_process_on_one_session_is_refused(copy: Path) -> None:
+    session = TuningSession.open(copy, result())
+    with Lock(copy):
+        with pytest.raises(TuningError, match="another process is tuning here"):
+            TuningSession.open(copy, result())
+        with pytest.raises(TuningError, match="another process is tuning here"):
+            session.run(minutes=1)
 
 
 def test_minutes_must_be_a_positive_number(tuned: TuningSession) -> None:
