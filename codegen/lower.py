@@ -14,6 +14,7 @@ from tvm import relax, tirx
 
 from codegen import legalize, tvm_env
 from codegen.frontend import Imported
+from codegen.graph_passes.channels_last import channels_last
 from codegen.lift import lift_constants
 from codegen.prepack import prepack
 from codegen.schedule import Outcome, Tuned, refuse, schedule
@@ -87,7 +88,7 @@ def fuse(mod: Any, target: Target) -> tuple[Any, dict[str, NDArray[Any]]]:
     """
     legalize.install()
     t = relax.transform
-    mod = prepack(t.DecomposeOpsForInference()(mod), target)
+    mod = prepack(channels_last(t.DecomposeOpsForInference()(mod), target), target)
     before = [
         t.CanonicalizeBindings(),
         relax.backend.DispatchSampling(),

@@ -156,7 +156,7 @@ class _Prepack(PyExprMutator):  # type: ignore[misc]
             define, *args, primfunc_name_hint=name, primfunc_attrs=_FUSABLE
         )
 
-    # convolutions
+    # convolutions that codegen/graph_passes/channels_last.py left: GPUs, groups of channels
 
     def _conv2d(self, call: Any) -> Any | None:
         x, attrs = call.args[0], call.attrs
@@ -188,19 +188,13 @@ class _Prepack(PyExprMutator):  # type: ignore[misc]
     def _convolution(self, x: Any, weight: Any, shape: conv.ConvShape, groups: int) -> Any:
         kernel = tuple(int(n) for n in weight.shape[2:])
         patches = kernel == shape.stride and not any(shape.padding) and shape.dilation == (1, 1)
-        if groups > 1 or (self.target.kind == "gpu" and not patches):
-            return self._te(
-                lambda a, w: conv.grouped_conv2d(a, w, groups, shape),
-                x,
-                relax.const(weight),
-                name="grouped_conv2d",
-            )
-        if patches:
+        if patches and groups == 1:
             return self._patches(x, weight)
-        packed = relax.const(conv.pack_conv(weight, dense.panel_width(self.target)))
-        channels = int(weight.shape[0])
         return self._te(
-            lambda a, w: conv.conv2d(a, w, channels, shape, self.target), x, packed, name="conv2d"
+            lambda a, w: conv.grouped_conv2d(a, w, groups, shape),
+            x,
+            relax.const(weight),
+            name="grouped_conv2d",
         )
 
     def _patches(self, x: Any, weight: Any) -> Any:

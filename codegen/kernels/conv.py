@@ -1,8 +1,7 @@
-"""Convolutions in NCHW with packed weights.
+"""Convolutions in NCHW with weights as they are.
 
-Block names: ``conv_pad`` (zero padding), ``conv`` (the sums), ``conv_out`` (back to NCHW).
-A general convolution keeps `nt` output channels in vector registers, so weights are packed
-[O / nt, I, KH, KW, nt] at compile time; a depthwise one runs along the output row.
+Block names: ``conv_pad`` (zero padding), ``grouped_conv`` (the sums). CPU targets run all but
+grouped ones channels last (codegen/kernels/conv_last.py).
 """
 
 from __future__ import annotations
@@ -10,12 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tvm import te, tirx
-
-from codegen.kernels.dense import row_tile
-from codegen.target import Target
 
 
 @dataclass(frozen=True)
@@ -32,46 +26,6 @@ class ConvShape:
         high = height + top + bottom - self.dilation[0] * (kh - 1) - 1
         wide = width + left + right - self.dilation[1] * (kw - 1) - 1
         return high // self.stride[0] + 1, wide // self.stride[1] + 1
-
-
-def pack_conv(weight: NDArray[Any], lanes: int) -> NDArray[Any]:
-    """`weight` [O, I, KH, KW] as [ceil(O / lanes), I, KH, KW, lanes], zeros where O ends."""
-    out = weight.shape[0]
-    blocks = -(-out // lanes)
-    padded = np.zeros((blocks * lanes, *weight.shape[1:]), weight.dtype)
-    padded[:out] = weight
-    return np.ascontiguousarray(
-        padded.reshape(blocks, lanes, *weight.shape[1:]).transpose(0, 2, 3, 4, 1)
-    )
-
-
-def conv2d(x: Any, packed: Any, channels: int, shape: ConvShape, target: Target) -> Any:
-    """x [N, I, H, W] with packed weights -> [N, channels, OH, OW]."""
-    n, inner, height, width = (int(d) for d in x.shape)
-    blocks, _, kh, kw, lanes = (int(d) for d in packed.shape)
-    high, wide = shape.output(height, width, kh, kw)
-    tile = row_tile(wide, target)
-    source = _padded(x, shape)
-    c = te.reduce_axis((0, inner), name="c")
-    dy, dx = te.reduce_axis((0, kh), name="dy"), te.reduce_axis((0, kw), name="dx")
-    (sy, sx), (ey, ex) = shape.stride, shape.dilation
-
-    def column(j: Any) -> Any:
-        return tirx.min(j, wide - 1) if wide % tile else j
-
-    product = te.compute(
-        (n, blocks, high, -(-wide // tile) * tile, lanes),
-        lambda b, o, i, j, v: te.sum(
-            source[b, c, i * sy + dy * ey, column(j) * sx + dx * ex] * packed[o, c, dy, dx, v],
-            axis=[c, dy, dx],
-        ),
-        name="conv",
-    )
-    return te.compute(
-        (n, channels, high, wide),
-        lambda b, o, i, j: product[b, o // lanes, i, j, o % lanes],
-        name="conv_out",
-    )
 
 
 def grouped_conv2d(x: Any, weight: Any, groups: int, shape: ConvShape) -> Any:

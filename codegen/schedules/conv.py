@@ -4,35 +4,70 @@ from __future__ import annotations
 
 from typing import Any
 
-from codegen.kernels.dense import row_tile
+from codegen.kernels.dense import panel_width, row_tile
 from codegen.rule import Rule
-from codegen.schedules._common import Blocks, extent, parallel_chunks, vector_split
+from codegen.schedules._common import Blocks, chunk_cost, extent, parallel_chunks, vector_split
 from codegen.schedules._elementwise import spread
 from codegen.target import Target
 
+# Columns of a depthwise tile: enough sums to hide the latency of a multiply-add.
+_COLUMNS = 8
+
 
 def apply(func: Any, target: Target) -> Any | None:
-    """Takes functions with a block ``conv`` or ``grouped_conv`` and what was fused behind it."""
+    """Takes functions with one of the blocks below and what was fused behind it."""
     blocks = Blocks(func)
     if "conv" in blocks.names:
         return _general(blocks, target)
+    if "depthwise" in blocks.names:
+        return _depthwise(blocks, target)
     if "grouped_conv" in blocks.names:
         return _grouped(blocks, target)
     return None
 
 
 def _general(blocks: Blocks, target: Target) -> Any:
+    """Tiles of columns x panel of channels; parallel over rows or panels."""
     sch, product = blocks.sch, blocks.named("conv")
-    store = _tail(blocks, "conv")
-    wide = extent(sch, sch.get_loops(store)[3])
-    batch, out, row, column, lane, c, dy, dx = sch.get_loops(product)
+    store = _tail(blocks, "conv") or sch.cache_write(product, 0, "global")
+    wide = extent(sch, sch.get_loops(store)[2])
+    batch, row, column, out, dy, dx, c = sch.get_loops(product)
     column_out, column_in = sch.split(column, [None, row_tile(wide, target)])
-    sch.reorder(batch, out, row, column_out, c, dy, dx, column_in, lane)
-    parallel_chunks(sch, [batch, out, row], target)
+    panel, lane = sch.split(out, [None, panel_width(target)])
+    sch.reorder(batch, row, panel, column_out, dy, dx, c, column_in, lane)
+    by_rows = chunk_cost([extent(sch, batch), extent(sch, row)], target)
+    if chunk_cost([extent(sch, panel)], target) < by_rows:
+        sch.reorder(panel, batch, row)
+        parallel_chunks(sch, [panel], target)
+    else:
+        parallel_chunks(sch, [batch, row], target)
     sch.reverse_compute_at(store, column_out)
+    vector_split(sch, sch.get_loops(store)[-1], target.lanes)
     sch.unroll(column_in)
     sch.vectorize(lane)
-    sch.decompose_reduction(product, c)
+    sch.decompose_reduction(product, dy)
+    _pad(blocks, target)
+    return sch
+
+
+def _depthwise(blocks: Blocks, target: Target) -> Any:
+    """Tiles of columns x one vector of channels, whose weights stay in registers."""
+    sch, product = blocks.sch, blocks.named("depthwise")
+    store = _tail(blocks, "depthwise") or sch.cache_write(product, 0, "global")
+    batch, row, column, channel, dy, dx = sch.get_loops(product)
+    total, wide = extent(sch, channel), extent(sch, column)
+    width = next((w for w in (target.lanes, target.lanes // 2, 4) if total % w == 0), 1)
+    tile = max(t for t in range(1, _COLUMNS + 1) if wide % t == 0)
+    channel_out, lane = sch.split(channel, [None, width])
+    column_out, column_in = sch.split(column, [None, tile])
+    sch.reorder(batch, row, channel_out, column_out, dy, dx, column_in, lane)
+    parallel_chunks(sch, [batch, row], target)
+    sch.reverse_compute_at(store, column_out)
+    vector_split(sch, sch.get_loops(store)[-1], target.lanes)
+    sch.unroll(column_in)
+    if width > 1:
+        sch.vectorize(lane)
+    sch.decompose_reduction(product, dy)
     _pad(blocks, target)
     return sch
 

@@ -1,0 +1,1 @@
+"""Rewrites of the Relax graph before kernels are lowered."""
