@@ -24,14 +24,17 @@ from passes.forms._linear import (
 from passes.opcount import OpCount
 from passes.site import AttentionSite
 
+LEAST = 64  # of the learned map's width, by default
 EPS = 1e-12  # the features are normalised, so their product can be honestly small
 
 
 @dataclass(frozen=True)
 class HedgehogConfig(FormConfig):
-    """`feature_dim` R is the width of the learned map, and 2 R the number of features; 0: D.
+    """`feature_dim` R is the width of the learned map, and 2 R the number of features.
 
-    More features follow peaked attention more closely and cost in proportion.
+    0 stands for the larger of D and 64: narrow heads need more features than they have channels
+    (MiniLM, D 32, same fit: 1 - mean cosine 0.039 with 32, 0.031 with 64). The cost is in
+    proportion.
     """
 
     feature_dim: int = 0
@@ -75,7 +78,7 @@ class Hedgehog(Form):
     def _width(self, site: AttentionSite) -> int:
         config = self.config
         assert isinstance(config, HedgehogConfig)
-        return config.feature_dim or site.dims.D
+        return config.feature_dim or max(site.dims.D, LEAST)
 
     def attend(
         self,

@@ -14,7 +14,7 @@ from rewriter.fidelity import fidelity
 from rewriter.fit import FitReport, Recipe, fit
 from tests.fit.models import batches, encoder, rewritten
 
-QUICK = Recipe(site_steps=30, end_steps=30, save_every=1e9)
+QUICK = Recipe(sequential_share=0.03, site_steps=30, block_steps=30, end_steps=30, save_every=1e9)
 LONG = 600.0  # steps end these fits, not time
 
 
@@ -37,9 +37,12 @@ def test_fit_lowers_every_error_and_leaves_the_original_alone() -> None:
         assert site.projection is None or site.projection[1] < site.projection[0]
     assert 1 - report.fidelity.cosine_mean < 0.7 * (1 - report.fidelity_before.cosine_mean)
     assert report.fidelity.relative_error < 0.8 * report.fidelity_before.relative_error
-    assert [s.name for s in report.stages] == ["sites"] * 2 + ["sequential"] * 2 + ["end to end"]
+    assert [s.name for s in report.stages] == ["sites"] * 2 + ["sequential"] * 2 + [
+        "blocks",
+        "end to end",
+    ]
     assert all(s.loss_after < s.loss_before for s in report.stages)
-    assert {a[0] for a in seen} == {"sites", "sequential", "end to end"}
+    assert {a[0] for a in seen} == {"sites", "sequential", "blocks", "end to end"}
     assert not report.reverted
     for name, value in state(made.traced.module).items():
         assert torch.equal(value, before[name]), name
@@ -50,7 +53,13 @@ def test_fit_lowers_every_error_and_leaves_the_original_alone() -> None:
 def test_the_seed_decides() -> None:
     def run(seed: int) -> dict[str, torch.Tensor]:
         made = rewritten()
-        fit(made, batches(5, 1), seconds=LONG, seed=seed, recipe=Recipe(site_steps=6, end_steps=6))
+        fit(
+            made,
+            batches(5, 1),
+            seconds=LONG,
+            seed=seed,
+            recipe=Recipe(site_steps=6, block_steps=6, end_steps=6),
+        )
         return state(made.module)
 
     first, second, third = run(0), run(0), run(1)
@@ -100,7 +109,13 @@ def test_max_drop_reverts_the_worst_site_first_and_ends_at_the_original() -> Non
 
 def test_reverting_after_a_fit_brings_the_original_weights_back() -> None:
     made, data = rewritten(), batches(5, 1)
-    fit(made, data, seconds=LONG, max_drop=0.0, recipe=Recipe(site_steps=3, end_steps=3))
+    fit(
+        made,
+        data,
+        seconds=LONG,
+        max_drop=0.0,
+        recipe=Recipe(site_steps=3, block_steps=3, end_steps=3),
+    )
     old = made.traced.module.state_dict()
     for name, value in made.module.state_dict().items():
         assert torch.equal(value, old[name]), name
@@ -120,7 +135,7 @@ def test_one_revert_takes_only_its_own_block() -> None:
 def test_a_tied_projection_is_left_as_it_is() -> None:
     made = rewritten(encoder(tied=True))
     before = state(made.module)
-    recipe = Recipe(site_steps=3, end_steps=3, train="projections")
+    recipe = Recipe(site_steps=3, block_steps=3, end_steps=3, train="projections")
     report = fit(made, batches(5, 1), seconds=LONG, recipe=recipe)
     assert all(s.projection is None and "shared" in s.note for s in report.sites)
     after = state(made.module)

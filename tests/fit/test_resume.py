@@ -20,7 +20,7 @@ from rewriter.fit_state import FitState, StateFolder
 from tests.fit.models import batches, rewritten
 
 ROOT = Path(__file__).parents[2]
-RECIPE = Recipe(site_steps=3, end_steps=4000, save_every=0.3)
+RECIPE = Recipe(sequential_share=0.03, site_steps=3, block_steps=3, end_steps=4000, save_every=0.3)
 CHILD = """
 import sys, torch
 from pathlib import Path
@@ -53,7 +53,10 @@ def test_a_fit_killed_with_9_resumes_where_it_was(tmp_path: Path) -> None:
     seconds = left["used"] + 4.0  # enough for some more steps, then time ends it
     report = fit(rewritten(), batches(5, 1), seconds=seconds, state_dir=folder, recipe=RECIPE)
     assert report.resumed == 1
-    assert [s.name for s in report.stages] == ["sites"] * 2 + ["sequential"] * 2 + ["end to end"]
+    assert [s.name for s in report.stages] == ["sites"] * 2 + ["sequential"] * 2 + [
+        "blocks",
+        "end to end",
+    ]
     assert report.stages[-1].steps > left["step"]
     assert report.stages[-1].loss_before == left["loss_before"]
     assert report.stages[0].seconds == left["records"]["stages"][0]["seconds"]
@@ -68,13 +71,17 @@ def test_a_fit_killed_with_9_resumes_where_it_was(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fit") / "state"
-    quick = Recipe(site_steps=2, end_steps=2)
+    quick = Recipe(site_steps=2, block_steps=2, end_steps=2)
     fit(rewritten(), batches(4, 1), seconds=600, state_dir=folder, recipe=quick)
     return folder
 
 
 def resume(folder: Path, **change: Any) -> Any:
-    call = {"batches": batches(4, 1), "recipe": Recipe(site_steps=2, end_steps=2), **change}
+    call = {
+        "batches": batches(4, 1),
+        "recipe": Recipe(site_steps=2, block_steps=2, end_steps=2),
+        **change,
+    }
     return fit(rewritten(), call.pop("batches"), seconds=600, state_dir=folder, **call)
 
 

@@ -9,12 +9,22 @@ from tests.by_hand import site
 
 
 def test_parameters_start_as_identities() -> None:
-    params = form_named("hedgehog").init_params(site(H=6, G=2, D=5))
+    params = form_named("hedgehog", {"feature_dim": 5}).init_params(site(H=6, G=2, D=5))
     assert {n: tuple(p.shape) for n, p in params.items()} == {"w_q": (6, 5, 5), "w_k": (2, 5, 5)}
     for p in params.values():
         assert (p == torch.eye(5)).all()
     params["w_q"][0, 0, 0] = 7.0  # heads do not share memory
     assert params["w_q"][1, 0, 0] == 1.0
+
+
+def test_wider_maps_start_as_an_identity_and_rotations() -> None:
+    wide = form_named("hedgehog").init_params(site(H=2, G=1, D=24))
+    assert {n: tuple(p.shape) for n, p in wide.items()} == {"w_q": (2, 24, 64), "w_k": (1, 24, 64)}
+    start = wide["w_q"][0]
+    assert (start[:, :24] == torch.eye(24)).all()
+    torch.testing.assert_close(start[:, 24:48].T @ start[:, 24:48], torch.eye(24))
+    assert torch.equal(start, wide["w_q"][1])
+    assert form_named("hedgehog").init_params(site(D=80))["w_q"].shape[-1] == 80
 
 
 def test_the_formula_per_head_and_group() -> None:
