@@ -52,6 +52,7 @@ edge-runtime: setup
 	$(BIN)/python -m codegen.edge.fetch
 
 docs: setup
+	$(BIN)/python -m rewriter.docs
 	$(BIN)/python -m tests.zoo.table
 
 clean:
