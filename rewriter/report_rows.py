@@ -111,7 +111,7 @@ class KernelRow:
         ops = getattr(kernel, "ops", None)
         if isinstance(ops, Mapping):
             ops = OpCount.from_json(ops)
-        return cls(kernel.name, kernel.scheduled_by, ops, int(getattr(kernel, "calls", 1)))
+        return cls(kernel.name, kernel.scheduled_by, ops, int(kernel.count))
 
 
 def encode(data: Any) -> Any:
