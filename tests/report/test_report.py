@@ -160,13 +160,16 @@ def test_with_compiled_takes_error_stats_and_kernels_of_any_shape() -> None:
     want = {"y": torch.randn(3, 4).double().numpy()}
     stats = compare_arrays({"y": want["y"] + 1e-7}, want)
     kernels = [
-        SimpleNamespace(name="a", scheduled_by="matmul", ops=form_named("elu").ops(site(0))),
+        SimpleNamespace(
+            name="a", scheduled_by="matmul", ops=form_named("elu").ops(site(0)), count=3
+        ),
         {"name": "b", "scheduled_by": "softmax"},
         KernelRow("c", "tuned"),
     ]
     made = report(2).with_compiled(stats, kernels, {"name": "cpu"}, notes=["n"])
     assert made.compiled_max_abs_error == pytest.approx(1e-7, rel=1e-3)
     assert [k.scheduled_by for k in made.kernels] == ["matmul", "softmax", "tuned"]
+    assert [k.calls for k in made.kernels] == [3, 1, 1]
     assert made.kernels[0].ops == form_named("elu").ops(site(0))
     unrun = report(2).with_compiled(None, kernels, {"name": "edge"})
     assert unrun.compiled_max_abs_error is None
