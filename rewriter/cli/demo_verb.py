@@ -41,7 +41,6 @@ def verb(
         text = json_module.dumps(finite(made.to_json()), indent=2, default=str)
         write_text(json, text + "\n")
     console.print(made.report.table())
-    console.print(made.rewritten.table())
     console.print(made.exact.table())
     console.print(made.report.summary(), markup=False)
     console.print(f"the page: {made.files['page']}", markup=False)
