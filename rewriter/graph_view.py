@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from passes.ops import hint
 from passes.site import AttentionSite
 
 if TYPE_CHECKING:
@@ -328,4 +329,4 @@ def _sizes(node: fx.Node) -> tuple[int, ...]:
     if value is None:
         value = node.meta.get("tensor_meta")
     shape = getattr(value, "shape", ())
-    return tuple(n if isinstance(n, int) else -1 for n in shape)
+    return tuple(hint(n) for n in shape)

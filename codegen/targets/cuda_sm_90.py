@@ -14,7 +14,7 @@ def target() -> Target:
     return Target(
         name="cuda:sm_90",
         kind="gpu",
-        triple="nvidia-cuda",
+        triple="x86_64-linux-gnu",
         tvm={
             "kind": "cuda",
             "arch": "sm_90",

@@ -6,12 +6,15 @@ shared memory becomes plain memory. Barriers and shuffles are not part of it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
+
+from codegen.lower import Lowered
 
 
 def as_loops(func: Any) -> Any:
@@ -42,14 +45,22 @@ def _serial(stmt: Any) -> Any:
     return stmt
 
 
-def run_loops(func: Any, *arrays: np.ndarray) -> np.ndarray:
-    """The last parameter's values after a run on `arrays`; it starts as NaN (or all ones)."""
-    out = func.params[-1]
-    shape, dtype = [int(n) for n in out.shape], str(out.dtype)
-    made = np.full(shape, np.nan if dtype.startswith("float") else 1, dtype)
-    plain = as_loops(func).with_attr("global_symbol", "main").without_attr("tirx.is_scheduled")
-    library = tvm.compile(plain, target="llvm")
-    tensors = [tvm.runtime.tensor(a) for a in (*arrays, made)]
-    library["main"](*tensors)
-    result: np.ndarray = tensors[-1].numpy()
-    return result
+def bound_loops(func: Any) -> list[tuple[str, int]]:
+    """(thread tag, extent) of every bound loop of a scheduled kernel."""
+    found = []
+
+    def visit(stmt: Any) -> None:
+        if isinstance(stmt, tirx.For) and stmt.kind == tirx.ForKind.THREAD_BINDING:
+            found.append((str(stmt.thread_binding.thread_tag), int(stmt.extent)))
+
+    post_order_visit(func.body, visit)
+    return found
+
+
+def module_as_loops(lowered: Lowered) -> Lowered:
+    """The whole lowered model with serial kernels: its shape for the CPU."""
+    mod = lowered.mod.clone()
+    for gv, func in list(mod.functions_items()):
+        if isinstance(func, tirx.PrimFunc):
+            mod.update_func(gv, as_loops(func))
+    return replace(lowered, mod=mod)
