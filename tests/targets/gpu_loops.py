@@ -6,11 +6,10 @@ shared memory becomes plain memory. Barriers and shuffles are not part of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import tvm
 from tvm import tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
@@ -47,14 +46,19 @@ def _serial(stmt: Any) -> Any:
 
 def bound_loops(func: Any) -> list[tuple[str, int]]:
     """(thread tag, extent) of every bound loop of a scheduled kernel."""
-    found = []
+    return list(_bound(func.body))
 
-    def visit(stmt: Any) -> None:
-        if isinstance(stmt, tirx.For) and stmt.kind == tirx.ForKind.THREAD_BINDING:
-            found.append((str(stmt.thread_binding.thread_tag), int(stmt.extent)))
 
-    post_order_visit(func.body, visit)
-    return found
+def _bound(stmt: Any) -> Iterator[tuple[str, int]]:
+    if isinstance(stmt, tirx.For):
+        if stmt.kind == tirx.ForKind.THREAD_BINDING:
+            yield str(stmt.thread_binding.thread_tag), int(stmt.extent)
+        yield from _bound(stmt.body)
+    elif isinstance(stmt, tirx.SeqStmt):
+        for part in stmt.seq:
+            yield from _bound(part)
+    elif isinstance(stmt, SBlockRealize):
+        yield from _bound(stmt.block.body)
 
 
 def module_as_loops(lowered: Lowered) -> Lowered:
