@@ -25,7 +25,8 @@ the model's own numbers, with fixed and with dynamic sizes.
 
 `cross`: keys and queries are made from different activations (a decoder over an encoder's
 output); keys that are a reduced copy of the queries' own tokens are not. `found by`: `sdpa`,
-torch's own operator; `softmax`, written out as matmul, softmax, matmul. `dynamic`: axes that may change after tracing.
+torch's own operator; `softmax`, written out as matmul, softmax, matmul. `dynamic`: axes
+that may change after tracing.
 
 | Model | Code | Sites | Mask | Cross | Heads (key heads) | Found by | Near misses | Dynamic |
 |---|---|---|---|---|---|---|---|---|
