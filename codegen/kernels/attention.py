@@ -95,8 +95,13 @@ def wide(value: Any, dtype: str) -> Any:
     return value if dtype == "float32" else tirx.Cast("float32", value)
 
 
-def define(facts: AttentionFacts, q: Any, k: Any, v: Any, *rest: Any) -> Any:
-    """Softmax attention [B, H, T, E] of q [B, H, T, D], k [B, G, S, D], v [B, G, S, E]."""
+def define(
+    facts: AttentionFacts, q: Any, k: Any, v: Any, *rest: Any, tokens_first: bool = False
+) -> Any:
+    """Softmax attention [B, H, T, E] of q [B, H, T, D], k [B, G, S, D], v [B, G, S, E].
+
+    With `tokens_first` the result is [B, T, H * E].
+    """
     b_, h_, t_, d_ = (int(n) for n in q.shape)
     g_, s_, e_ = int(k.shape[1]), int(k.shape[2]), int(v.shape[3])
     group, offset, dtype = h_ // g_, s_ - t_, str(q.dtype)
@@ -129,11 +134,20 @@ def define(facts: AttentionFacts, q: Any, k: Any, v: Any, *rest: Any) -> Any:
         lambda b, h, i, c: te.sum(e[b, h, i, j2] * wide(v[b, h // group, j2, c], dtype), axis=j2),
         name="attn_values",
     )
-    return te.compute(
+    return arranged(
         (b_, h_, t_, e_),
         lambda b, h, i, c: (o[b, h, i, c] / z[b, h, i]).astype(dtype),
-        name="attn_out",
+        "attn_out",
+        tokens_first,
     )
+
+
+def arranged(shape: tuple[int, ...], value: Any, name: str, tokens_first: bool) -> Any:
+    """value(b, h, t, e) as a tensor [B, H, T, E], or [B, T, H * E] with `tokens_first`."""
+    b_, h_, t_, e_ = shape
+    if not tokens_first:
+        return te.compute(shape, value, name=name)
+    return te.compute((b_, t_, h_ * e_), lambda b, i, c: value(b, c // e_, i, c % e_), name=name)
 
 
 def _biased(s: Any, bias: Any) -> Any:

@@ -15,6 +15,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels.vector_math import f32
+from codegen.kernels.views import Viewed
 
 ROWS = 8
 Value = Callable[[Any, Any], Any]
@@ -44,6 +45,8 @@ def load(buffer: Any, *index: Any) -> Any:
 def store(buffer: Any, index: list[Any], value: Any) -> None:
     """Store a float32 value in the buffer's own type."""
     dtype = str(buffer.dtype)
+    if isinstance(buffer, Viewed):
+        buffer, index = buffer.source, buffer.view.index(*index)
     T.buffer_store(buffer, value if dtype == "float32" else tirx.Cast(dtype, value), index)
 
 

@@ -15,6 +15,7 @@ from tvm import tirx
 
 # Below it the result would be subnormal and is flushed to zero; above it float32 overflows.
 EXP_LOW, EXP_HIGH = -87.33654, 88.72283
+_LN2 = 0.6931471805599453
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440e-4
 _EXP = (
     1.9875691500e-4,
@@ -24,6 +25,18 @@ _EXP = (
     1.6666665459e-1,
     5.0000001201e-1,
 )
+# Least relative error (9.2e-8) on |x| <= ln(2)/2 with the value 1 at 0.
+_EXP5 = (
+    8.29027210525289e-3,
+    4.1898159621957115e-2,
+    1.6667638127355505e-1,
+    4.9999147841093144e-1,
+    9.9999970631332e-1,
+    1.0,
+)
+_SHIFT = (
+    12582912.0 + 127.0
+)  # 1.5 * 2^23 + 127: adding it rounds, and leaves n + 127 in the low bits
 _ERF_NUM = (
     -2.72614225801306e-10,
     2.77068142495902e-08,
@@ -100,6 +113,20 @@ def vexp_nonpositive(x: Any) -> Any:
     """e^x for x <= 0 (the softmax case), as accurate as `vexp` with less work; 0 below -87.69."""
     y, n = _exp_parts(at_least(x, -88.0))  # -88 gives n = -127, whose power has all bits zero
     return y * _two_to(n, 127)
+
+
+def vexp_weight(x: Any) -> Any:
+    """e^x for x <= 0 as a weight beside one of 1; 0 below -87.69; NaN kept.
+
+    The error is below 2e-7 of the result plus 1e-8 of 1: enough for the terms of a softmax, whose
+    largest is 1. Twelve vector instructions, a third less than `vexp_nonpositive`.
+    """
+    c = at_least(x, -88.0)
+    # As an integer in between, or TVM's simplifier would cancel adding and subtracting the shift.
+    t = tirx.reinterpret("int32", c * f32(_LOG2E) + f32(_SHIFT))
+    r = c - (tirx.reinterpret("float32", t) - f32(_SHIFT)) * f32(_LN2)
+    bits = t << tirx.const(23, "int32")
+    return _horner(r, _EXP5) * tirx.reinterpret("float32", bits)
 
 
 def verf(x: Any) -> Any:

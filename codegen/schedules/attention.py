@@ -1,15 +1,16 @@
-"""Rule ``attention``: fused softmax attention with one row tile of scores in the cache.
+"""Rule ``attention``: fused softmax attention, blocked for both caches, with online softmax.
 
-K is packed once into panels of two vectors (both threads). Then each task (batch, head, eight
-queries) computes its scores panel by panel in registers, applies masks while storing them into a
-buffer [8, S], makes exponentials in place, and multiplies by V in registers. Key panels that no
-query of the tile can see are skipped. Causal tiles are dealt out small with large, because TVM's
-threads take equal contiguous shares of the tasks.
+K and V are packed once into panels of two vectors. A task takes some row tiles (eight queries
+each) of one head through the blocks of keys: a block's scores panel by panel in registers (a
+panel of K stays in the first-level cache for all row tiles), exponentials against the running
+maximum, and the block's part of the output on top of the rescaled output so far (a block of V
+stays in that cache too). Key panels that no query of a tile can see are skipped. Causal tasks are
+dealt out small with large, because TVM's threads take equal contiguous shares of the tasks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import tvm.s_tir
@@ -33,11 +34,38 @@ from codegen.kernels.tiles import (
     up,
     vectors,
 )
-from codegen.kernels.vector_math import at_least, f32, vexp_nonpositive
+from codegen.kernels.vector_math import at_least, f32, vexp_weight
+from codegen.kernels.views import take_layout
 from codegen.rule import Rule
+from codegen.schedules._common import threads
 from codegen.target import Target
 
 NAME = "attention"
+TILES = 4  # most row tiles of a task
+MOST_KEYS = 512  # of one block
+
+
+def block_panels(total: int, width: int, l1_bytes: int) -> int:
+    """Key panels of one block: two thirds of the cache hold its scores, or its panel of V."""
+    most = max(1, min(MOST_KEYS, l1_bytes * 2 // 3 // (4 * width)) // width)
+    return -(-total // -(-total // most))
+
+
+def tiles_per_task(heads: int, tiles: int, workers: int) -> int:
+    """Row tiles of a task: many share what is in the cache, but all threads get as many."""
+
+    def cost(n: int) -> float:
+        return -(-heads * -(-tiles // n) // workers) * n * (1 + 0.04 * (TILES / n - 1))
+
+    return min(range(1, min(TILES, tiles) + 1), key=cost)
+
+
+@dataclass
+class _Block:
+    """One block of keys: panels first <= p < last, seen by row tiles up to `ends(tile)`."""
+
+    first: Any
+    last: Any
 
 
 @dataclass
@@ -45,15 +73,17 @@ class _Kernel:
     """Sizes, buffers and helpers of one kernel while it is written."""
 
     facts: AttentionFacts
-    lanes: int
+    target: Target
     q: Any
     k: Any
     v: Any
     key_mask: Any
     bias: Any
     out: Any
+    limit: Any = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        self.lanes = self.target.lanes
         self.B, self.H, self.T, self.D = (int(n) for n in self.q.shape)
         self.G, self.S = int(self.k.shape[1]), int(self.k.shape[2])
         self.E, self.group = int(self.v.shape[3]), self.H // int(self.k.shape[1])
@@ -62,82 +92,153 @@ class _Kernel:
         self.panels = up(self.S, self.width) // self.width
         self.ragged = self.S % self.width != 0
         self.tiles = -(-self.T // self.rows)
+        self.block = block_panels(self.panels, self.width, self.target.l1_bytes)
+        self.share = tiles_per_task(self.B * self.H, self.tiles, threads(self.target))
+        self.columns = panels(self.E, self.lanes)
+        # Whether each row tile has an own last panel of keys.
+        self.ahead = min(
+            ([0] if self.facts.causal else [])
+            + ([self.facts.window[1]] if self.facts.window else []),
+            default=None,
+        )
 
     def write(self) -> None:
         """Emit the whole kernel."""
         self._pack()
-        with T.parallel(0, self.B * self.H * self.tiles) as task:
-            bh = task // self.tiles
-            turn = task % self.tiles
+        tasks = -(-self.tiles // self.share)
+        with T.parallel(0, self.B * self.H * tasks) as task:
+            bh, turn = task // tasks, task % tasks
             if self.facts.causal:
-                turn = tirx.Select(turn % 2 == 0, turn // 2, self.tiles - 1 - turn // 2)
-            self._task(bh // self.H, bh % self.H, turn * self.rows)
+                turn = tirx.Select(turn % 2 == 0, turn // 2, tasks - 1 - turn // 2)
+            self._task(bh // self.H, bh % self.H, turn * self.share)
 
     def _pack(self) -> None:
-        """K panels [B G, S/width, D, width], V padded to whole vectors, masks padded to S."""
-        self.kp = scratch(self.B * self.G, self.panels, self.D, self.width)
-        with T.parallel(0, self.B * self.G * self.panels) as n:
+        """K panels [B G, S/width, D, width], V panels [B G, E/width, S, width], what is hidden."""
+        heads = self.B * self.G
+        self.kp = scratch(heads, self.panels, self.D, self.width)
+        self.vp = scratch(heads, len(self.columns), self.panels * self.width, self.width)
+        with T.parallel(0, heads * self.panels) as n:
             bg, p = n // self.panels, n % self.panels
             b, g = bg // self.G, bg % self.G
-            with T.serial(0, self.width) as x, T.serial(0, self.D) as d:
+            with T.serial(0, self.width) as x:
                 # Keys after the last repeat it; their scores are hidden later.
                 j = imin(p * self.width + x, self.S - 1)
-                T.buffer_store(self.kp, load(self.k, b, g, j, d), [bg, p, d, x])
+                with T.serial(0, self.D) as d:
+                    T.buffer_store(self.kp, load(self.k, b, g, j, d), [bg, p, d, x])
+                for at, (e0, _) in enumerate(self.columns):
+
+                    def put(e: Any, at: int = at, e0: int = e0, x: Any = x, j: Any = j) -> None:
+                        value = load(self.v, b, g, j, e0 + e)
+                        T.buffer_store(self.vp, value, [bg, at, p * self.width + x, e])
+
+                    whole = min(self.width, self.E - e0)
+                    vectors(whole, self.lanes, put)
+                    # Channels after the last are read in whole vectors and dropped.
+                    if whole % self.lanes:
+                        with T.serial(0, up(whole, self.lanes) - whole) as e:
+                            at_e = [bg, at, p * self.width + x, whole + e]
+                            T.buffer_store(self.vp, f32(0.0), at_e)
+        if self.key_mask is not None or self.ragged:
+            self._limits()
+
+    def _limits(self) -> None:
+        """An upper limit for the scores of each key: -inf where it is hidden, else +inf."""
+        batch = 1 if self.key_mask is None else int(self.key_mask.shape[0])
         padded = self.panels * self.width
-        if self.E % self.lanes:
-            self.vp = scratch(self.B * self.G, self.S, up(self.E, self.lanes))
-            with T.parallel(0, self.B * self.G * self.S) as n, T.serial(0, self.vp.shape[2]) as e:
-                bg, j = n // self.S, n % self.S
-                value = load(self.v, bg // self.G, bg % self.G, j, imin(e, self.E - 1))
-                T.buffer_store(self.vp, value, [bg, j, e])
-        if self.key_mask is not None:
-            batch = int(self.key_mask.shape[0])
-            self.km = scratch(batch, padded)
-            with T.serial(0, batch) as b, T.serial(0, padded) as j:
-                seen = self.key_mask[b, imin(j, self.S - 1)]
-                T.buffer_store(self.km, tirx.Select(seen, f32(1.0), f32(0.0)), [b, j])
+        self.limit = scratch(batch, padded)
+        with T.serial(0, batch) as b, T.serial(0, padded) as j:
+            seen = j < self.S
+            if self.key_mask is not None:
+                seen = tirx.all(seen, self.key_mask[b, imin(j, self.S - 1)])
+            high, low = f32(float("inf")), f32(float("-inf"))
+            T.buffer_store(self.limit, tirx.Select(seen, high, low), [b, j])
 
-    def _span(self, row: Any) -> tuple[Any, Any]:
-        """First and one-past-last key panel that a tile starting at query `row` can see."""
-        first: Any = 0
-        last: Any = self.S
-        here = row + self.offset
-        right = [0] if self.facts.causal else []
-        if self.facts.window is not None:
-            left, ahead = self.facts.window
-            first, right = imax(here - left, 0), [*right, ahead]
-        if right:
-            last = imax(imin(here + self.rows + min(right), self.S), 0)
-        first = first // self.width if self.facts.window is not None else 0
-        last = (last + self.width - 1) // self.width
-        return first, imax(last, first) if right else self.panels
+    def _end(self, row: Any) -> Any:
+        """One past the last key panel that a tile starting at query `row` can see."""
+        if self.ahead is None:
+            return self.panels
+        keys = imax(imin(row + self.offset + self.rows + self.ahead, self.S), 0)
+        return (keys + self.width - 1) // self.width
 
-    def _task(self, b: Any, h: Any, row: Any) -> None:
-        g, rows, width = h // self.group, self.rows, self.width
-        qs, sc = scratch(rows, self.D), scratch(rows, self.panels * width)
-        total = scratch(rows, 1)
-        with T.serial(0, rows) as i:
+    def _start(self, row: Any) -> Any:
+        """The first key panel that queries from `row` on can see."""
+        if self.facts.window is None:
+            return 0
+        return imin(imax(row + self.offset - self.facts.window[0], 0), self.S) // self.width
+
+    def _task(self, b: Any, h: Any, first_tile: Any) -> None:
+        row, most = first_tile * self.rows, self.share * self.rows
+        number: Any = self.share
+        if self.tiles % self.share:
+            number = imin(self.share, self.tiles - first_tile)
+        self.qs, self.sc = scratch(most, self.D), scratch(most, self.block * self.width)
+        self.top, self.sum = scratch(most, 1), scratch(most, 1)
+        self.fade = scratch(most, 1)
+        self.ot = scratch(most, up(self.E, self.lanes))
+        with T.serial(0, number * self.rows) as i:
             # Rows after the last repeat it and are not written back.
             def put(d: Any, i: Any = i) -> None:
                 x = load(self.q, b, h, imin(row + i, self.T - 1), d)
-                T.buffer_store(qs, x * f32(self.facts.scale), [i, d])
+                T.buffer_store(self.qs, x * f32(self.facts.scale), [i, d])
 
             vectors(self.D, self.lanes, put)
-        first, last = self._span(row)
-        with T.serial(0, last - first) as turn:
-            p = first + turn
-            tile(
-                lambda i, d: qs[i, d],
-                lambda d, x: self.kp[b * self.G + g, p, d, x],
-                self.D,
-                lambda i, x, s: T.buffer_store(
-                    sc, self._masked(b, h, row + i, p * width + x, s), [i, p * width + x]
-                ),
-                rows=rows,
-                width=width,
-            )
-        self._softmax(sc, total, first, last)
-        self._values(b, h, g, row, sc, total, first, last)
+            T.buffer_store(self.top, f32(MINIMUM), [i, 0])
+            T.buffer_store(self.sum, f32(0.0), [i, 0])
+            zero = lambda e, i=i: T.buffer_store(self.ot, f32(0.0), [i, e])  # noqa: E731
+            vectors(up(self.E, self.lanes), self.lanes, zero)
+        begin, end = self._start(row), self._end(row + (number - 1) * self.rows)
+        if self.block == self.panels:
+            self._keys(b, h, row, number, _Block(begin, end))
+        else:
+            base = begin // self.block
+            with T.serial(0, imax((end + self.block - 1) // self.block - base, 0)) as turn:
+                low = (base + turn) * self.block
+                high = low + self.block
+                if self.ahead is not None or self.panels % self.block:
+                    high = imin(high, end)
+                if self.facts.window is not None:
+                    low = imax(low, begin)
+                self._keys(b, h, row, number, _Block(low, high))
+        self._finish(b, h, row, number)
+
+    def _keys(self, b: Any, h: Any, row: Any, number: Any, block: _Block) -> None:
+        """Take the rows of a task through one block of keys."""
+        self._scores(b, h, row, number, block)
+        with T.serial(0, number) as t, T.serial(0, self.rows) as i:
+            self._softmax(t * self.rows + i, self._seen_by(row, t, block), block)
+        self._values(b, h, row, number, block)
+
+    def _seen_by(self, row: Any, t: Any, block: _Block) -> Any:
+        """How many panels of the block row tile t sees."""
+        if self.ahead is None:
+            return block.last - block.first
+        return imax(imin(self._end(row + t * self.rows), block.last) - block.first, 0)
+
+    def _scores(self, b: Any, h: Any, row: Any, number: Any, block: _Block) -> None:
+        bg, rows, width = b * self.G + h // self.group, self.rows, self.width
+        with T.serial(0, block.last - block.first) as turn, T.serial(0, number) as t:
+            p = block.first + turn
+
+            def emit(masked: bool, p: Any = p, t: Any = t, turn: Any = turn) -> None:
+                def put(i: Any, x: Any, s: Any) -> None:
+                    if masked:
+                        s = self._masked(b, h, row + t * rows + i, p * width + x, s)
+                    T.buffer_store(self.sc, s, [t * rows + i, turn * width + x])
+
+                tile(
+                    lambda i, d: self.qs[t * rows + i, d],
+                    lambda d, x: self.kp[bg, p, d, x],
+                    self.D,
+                    put,
+                    rows=rows,
+                    width=width,
+                )
+
+            if self.ahead is None:
+                emit(True)
+            else:
+                with T.If(turn < self._seen_by(row, t, block)), T.Then():
+                    emit(True)
 
     def _masked(self, b: Any, h: Any, i: Any, j: Any, score: Any) -> Any:
         facts, masks = self.facts, []
@@ -150,60 +251,79 @@ class _Kernel:
                 score = score + (
                     value if str(self.bias.dtype) == "float32" else tirx.Cast("float32", value)
                 )
-        if self.key_mask is not None:
-            masks.append(broadcast(_Call(self.km), (b, j)) > f32(0.5))
-        if self.ragged:
-            masks.append(j < self.S)
+        if self.limit is not None:
+            most = broadcast(_Call(self.limit), (b, j))
+            score = tirx.Select(most < score, most, score)
         seen = facts.seen(i, j, self.offset, masks)
         return score if seen is None else tirx.Select(seen, score, f32(float("-inf")))
 
-    def _softmax(self, sc: Any, total: Any, first: Any, last: Any) -> None:
-        """Exponentials in place of the scores, their sum into `total`."""
-        width, start = self.width, first * self.width
-        with T.serial(0, self.rows) as i:
-            row = i
-            top, acc = scratch(1, 1), scratch(1, width)
-            steps = last - first if not isinstance(last, int) else self.panels * width
-            peak = reduce_row(steps, width, lambda j: sc[row, start + j], tirx.max, MINIMUM)
-            T.buffer_store(top, peak, [0, 0])
-            fill(acc, 1, width)
-            with T.serial(0, last - first) as o:
-                with T.vectorized(0, width) as x:
-                    j = start + o * width + x
-                    T.buffer_store(sc, vexp_nonpositive(sc[i, j] - top[0, 0]), [i, j])
-                with T.vectorized(0, width) as x:
-                    T.buffer_store(acc, acc[0, x] + sc[i, start + o * width + x], [0, x])
-            z = fold(acc, width, lambda a, b: a + b)
-            if self.facts.hides or self.facts.bias:
-                z = at_least(z, TINY)
-            T.buffer_store(total, z, [i, 0])
+    def _softmax(self, row: Any, number: Any, block: _Block) -> None:
+        """Exponentials in place of one row's scores, its maximum and sum, how far old ones fade."""
+        width = self.width
+        new, acc = scratch(1, 1), scratch(1, width)
+        steps = number * width if isinstance(number, int) else number
+        peak = reduce_row(steps, width, lambda j: self.sc[row, j], tirx.max, MINIMUM)
+        T.buffer_store(new, tirx.max(peak, self.top[row, 0]), [0, 0])
+        fill(acc, 1, width)
+        with T.serial(0, number) as o:
+            with T.vectorized(0, width) as x:
+                j = o * width + x
+                T.buffer_store(self.sc, vexp_weight(self.sc[row, j] - new[0, 0]), [row, j])
+            with T.vectorized(0, width) as x:
+                T.buffer_store(acc, acc[0, x] + self.sc[row, o * width + x], [0, x])
+        z = fold(acc, width, lambda a, b: a + b)
+        if self.block == self.panels:
+            T.buffer_store(self.sum, z, [row, 0])
+            return
+        T.buffer_store(self.fade, vexp_weight(self.top[row, 0] - new[0, 0]), [row, 0])
+        T.buffer_store(self.top, new[0, 0], [row, 0])
+        T.buffer_store(self.sum, self.sum[row, 0] * self.fade[row, 0] + z, [row, 0])
 
-    def _values(
-        self, b: Any, h: Any, g: Any, row: Any, sc: Any, total: Any, first: Any, last: Any
-    ) -> None:
-        padded = self.E % self.lanes != 0
-        start = first * self.width
-        number = imax(imin(last * self.width, self.S) - start, 0)
-        ot = scratch(self.rows, up(self.E, self.lanes))
-        for e0, width in panels(self.E, self.lanes):
+    def _values(self, b: Any, h: Any, row: Any, number: Any, block: _Block) -> None:
+        bg, rows, start = b * self.G + h // self.group, self.rows, block.first * self.width
+        online = self.block != self.panels
+        for at, (e0, width) in enumerate(self.columns):
+            with T.serial(0, number) as t:
+                keys = self._seen_by(row, t, block) * self.width
+                if self.ragged:
+                    keys = imin(keys, self.S - start)
+                r0 = t * rows
 
-            def value(k: Any, e: Any, e0: int = e0) -> Any:
-                if padded:
-                    return self.vp[b * self.G + g, start + k, e0 + e]
-                return load(self.v, b, g, start + k, e0 + e)
+                def before(i: Any, e: Any, e0: int = e0, r0: Any = r0) -> Any:
+                    return self.ot[r0 + i, e0 + e] * self.fade[r0 + i, 0]
 
-            tile(
-                lambda i, k: sc[i, start + k],
-                value,
-                number,
-                lambda i, e, o, e0=e0: T.buffer_store(  # type: ignore[misc]
-                    ot, o / total[i, 0], [i, e0 + e]
-                ),
-                rows=self.rows,
-                width=width,
-            )
-        with T.serial(0, self.rows) as i, T.If(row + i < self.T), T.Then():
-            vectors(self.E, self.lanes, lambda e: store(self.out, [b, h, row + i, e], ot[i, e]))
+                tile(
+                    lambda i, k, r0=r0: self.sc[r0 + i, k],  # type: ignore[misc]
+                    lambda k, e, at=at: self.vp[bg, at, start + k, e],  # type: ignore[misc]
+                    keys,
+                    lambda i, e, o, e0=e0, r0=r0: T.buffer_store(  # type: ignore[misc]
+                        self.ot, o, [r0 + i, e0 + e]
+                    ),
+                    rows=rows,
+                    width=width,
+                    start=before if online else None,
+                )
+
+    def _finish(self, b: Any, h: Any, row: Any, number: Any) -> None:
+        """Divide by the sums and write."""
+        with T.serial(0, number * self.rows) as i:
+            if self.T % self.rows:
+                with T.If(row + i < self.T), T.Then():
+                    self._write_row(b, h, row, i)
+            else:
+                self._write_row(b, h, row, i)
+
+    def _write_row(self, b: Any, h: Any, row: Any, i: Any) -> None:
+        z = self.sum[i, 0]
+        if self.facts.hides or self.facts.bias:
+            z = at_least(z, TINY)
+        # One division for a row; the definition divides each element, equal within rounding.
+        T.buffer_store(self.fade, f32(1.0) / z, [i, 0])
+
+        def put(e: Any) -> None:
+            store(self.out, [b, h, row + i, e], self.ot[i, e] * self.fade[i, 0])
+
+        vectors(self.E, self.lanes, put)
 
 
 class _Call:
@@ -221,12 +341,18 @@ def apply(func: Any, target: Target) -> Any | None:
     data = facts_of(func, NAME)
     if data is None:
         return None
+    layout = take_layout(data, 3)
     facts = AttentionFacts.from_json(data)
 
     def body(*args: Any) -> None:
-        q, k, v, *rest, out = args
+        *inputs, out = args
+        if layout is None:
+            (q, k, v), rest = inputs[:3], inputs[3:]
+        else:
+            (q, k, v), rest = layout.split(inputs)
+            out = layout.output(out, (*q.shape[:3], v.shape[3]))
         key_mask, bias = facts.split(rest)
-        _Kernel(facts, target.lanes, q, k, v, key_mask, bias, out).write()
+        _Kernel(facts, target, q, k, v, key_mask, bias, out).write()
 
     return tvm.s_tir.Schedule(build(func, body))
 

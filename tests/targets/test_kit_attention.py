@@ -27,6 +27,12 @@ CASES = [
     Case(T=20, S=31, bias=(2, 1, 31)),
     Case(B=2, T=20, S=31, bias=(2, 1, 1, 31), bias_bool=True),
     Case(T=20, S=64, H=4, bias=(64,), bias_bool=True, causal=True, key_rows=1),
+    # Several blocks of keys: the softmax is put together from them.
+    Case(T=40, S=1100, D=16, E=40),
+    Case(T=9, S=700, D=16, E=16, causal=True, key_rows=1),
+    Case(T=700, S=700, H=1, G=1, D=8, E=8, causal=True),
+    Case(T=700, S=700, H=1, G=1, D=8, E=8, window=(330, 20)),
+    Case(T=33, S=600, D=8, E=8, H=4, bias=(4, 33, 600)),
 ]
 
 

@@ -51,6 +51,14 @@ def test_relative_error(
     assert np.all(error <= bound * np.abs(want) + 1e-37)
 
 
+def test_a_weight_is_exact_beside_one() -> None:
+    x = np.append(sample(-87.3, 0.0), np.float32(0.0))[-16000:]
+    want = np.exp(x.astype("float64"))
+    got = run(vector_math.vexp_weight, x)
+    assert np.all(np.abs(got - want) <= 2e-7 * want + 1e-8)
+    assert got[-1] == 1
+
+
 def test_ends() -> None:
     x = np.array([np.nan, np.inf, -np.inf, 0, 88.72, 88.8, -88.5, -1e38] * 2, "float32")
     y = run(vector_math.vexp, x)
@@ -59,9 +67,10 @@ def test_ends() -> None:
     assert np.isfinite(y[4])
     assert list(y[5:8]) == [np.inf, 0, 0]
     x = np.array([np.nan, -np.inf, 0, -88.5, -1e38, -104, -3e38, -87.8] * 2, "float32")
-    y = run(vector_math.vexp_nonpositive, x)
-    assert np.isnan(y[0])
-    assert list(y[1:8]) == [0, 1, 0, 0, 0, 0, 0]
+    for f in (vector_math.vexp_nonpositive, vector_math.vexp_weight):
+        y = run(f, x)
+        assert np.isnan(y[0])
+        assert list(y[1:8]) == [0, 1, 0, 0, 0, 0, 0]
     x = np.array([np.nan, np.inf, -np.inf, 0] * 4, "float32")
     for f in (vector_math.verf, vector_math.vtanh):
         y = run(f, x)
