@@ -11,7 +11,7 @@ from rewriter.models import load_model
 
 def main() -> None:
     loaded = load_model("vit-tiny")
-    rules = {"*layer.[0-3].*": "hedgehog", "*layer.[4-7].*": "elu"}
+    rules = {"layers.[0-3].*": "hedgehog", "layers.[4-7].*": "elu"}
     result = rewrite(loaded.model, loaded.example_inputs, rules=rules)
     print(result.report.summary())
 

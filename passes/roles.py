@@ -115,9 +115,22 @@ def sources(node: Node) -> set[Node]:
         before = _before(at, projected)
         if before:
             stack.extend((n, projected or op_of(at) in _PROJECTIONS) for n in before)
-        elif at.op != "get_attr":
+        elif _from_input(at):
             found.add(at)
     return found
+
+
+def _from_input(node: Node) -> bool:
+    """Whether `node` depends on a model input; parts of a packed weight do not."""
+    seen, stack = set(), [node]
+    while stack:
+        at = stack.pop()
+        if at.op == "placeholder":
+            return True
+        if at not in seen:
+            seen.add(at)
+            stack.extend(at.all_input_nodes)
+    return False
 
 
 def _before(node: Node, projected: bool) -> list[Node]:
