@@ -32,7 +32,10 @@ MOST = 2000  # calls of one engine in one round
 
 @dataclass
 class Subject:
-    """What is timed: `artifact` for ours, `model` (a MODEL) for the others; inputs by name."""
+    """What is timed: `artifact` for ours, `model` (a MODEL) for the others; inputs by name.
+
+    `more` are further artifacts of the same model, by the name of their row ("ours-hedgehog").
+    """
 
     name: str
     inputs: dict[str, Array]
@@ -41,6 +44,7 @@ class Subject:
     options: dict[str, Any] = field(default_factory=dict)
     approximate: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    more: dict[str, Path] = field(default_factory=dict)
 
 
 @dataclass
@@ -52,6 +56,7 @@ class _Entry:
     worker: WorkerProcess | None = None
     outputs: Path | None = None
     ms: list[float] = field(default_factory=list)
+    artifact: Path | None = None
 
     def fail(self, why: str) -> None:
         self.row = replace(self.row, status="failed", why=why)
@@ -103,15 +108,28 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="rewriter-bench-") as scratch:
         folder = Path(scratch)
         thing = _subject(subject, model, dict(options or {}), folder, engines is not None)
-        entries = _entries(chosen, thing)
-        try:
-            _start(entries, thing, threads, folder, told)
-            load = _other_load()
-            _rounds(entries, repeats, seconds, told)
-            outputs = {e.engine.name: _outputs(e) for e in entries}
-        finally:
-            for entry in entries:
-                entry.stop()
+        return time_subject(thing, chosen, folder, threads, repeats, seconds, told)
+
+
+def time_subject(
+    thing: Subject,
+    chosen: Sequence[Engine],
+    folder: Path,
+    threads: int,
+    repeats: int,
+    seconds: float,
+    told: Progress,
+) -> BenchResult:
+    """`bench` for a subject that is ready; `folder` is for scratch files."""
+    entries = _entries(chosen, thing)
+    try:
+        _start(entries, thing, threads, folder, told)
+        load = _other_load()
+        _rounds(entries, repeats, seconds, told)
+        outputs = {e.row.engine: _outputs(e) for e in entries}
+    finally:
+        for entry in entries:
+            entry.stop()
     return _result(entries, outputs, thing, threads, repeats, load)
 
 
@@ -159,7 +177,7 @@ def _artifact_subject(
     spec = model or opened.manifest.name
     try:
         thing.options = {**_sizes(specs), **options}
-        thing.inputs = _model_inputs(spec, thing.options, specs)
+        thing.inputs = model_inputs(spec, thing.options, specs)
         thing.model = spec
     except UsageError as error:
         if asked or model is not None:
@@ -181,7 +199,8 @@ def _sizes(specs: Sequence[Any]) -> dict[str, Any]:
     return {}
 
 
-def _model_inputs(model: str, options: Mapping[str, Any], specs: Sequence[Any]) -> dict[str, Array]:
+def model_inputs(model: str, options: Mapping[str, Any], specs: Sequence[Any]) -> dict[str, Array]:
+    """`model`'s example inputs as arrays by name; `InputError` unless they fit `specs`."""
     from rewriter.models import load_model
 
     inputs = _numpy(load_model(model, **options).example_inputs)
@@ -222,7 +241,13 @@ def _entries(chosen: Sequence[Engine], thing: Subject) -> list[_Entry]:
     wanted = {e.name: e for e in select(["ours"])}
     if thing.model is not None:
         wanted.update({e.name: e for e in [*select(["eager"]), *chosen]})
-    return [_Entry(e, EngineTiming(e.name, e.label, "ok")) for e in wanted.values()]
+    made = [_Entry(e, EngineTiming(e.name, e.label, "ok")) for e in wanted.values()]
+    made[0].artifact = thing.artifact
+    ours = made[0].engine
+    for name, path in thing.more.items():
+        label = f"this artifact, {name.removeprefix('ours-')}"
+        made.append(_Entry(ours, EngineTiming(name, label, "ok"), artifact=path))
+    return made
 
 
 def _start(
@@ -236,10 +261,10 @@ def _start(
         if missing:
             entry.row = replace(entry.row, status="skipped", why=missing)
             continue
-        name = entry.engine.name
-        subject = str(thing.artifact) if name == "ours" else str(thing.model)
+        name = entry.row.engine
+        subject = str(entry.artifact or thing.model)
         entry.outputs = folder / f"{name}.npz"
-        arguments = [name, subject, "--inputs", str(folder / "inputs.npz")]
+        arguments = [entry.engine.name, subject, "--inputs", str(folder / "inputs.npz")]
         arguments += ["--outputs", str(entry.outputs), "--folder", str(folder)]
         arguments += ["--threads", str(threads), "--warmup", str(WARMUP)]
         arguments += ["--options", json.dumps(thing.options)]
@@ -254,7 +279,9 @@ def _start(
 
 def _take(entry: _Entry, said: Mapping[str, Any]) -> None:
     if said.get("state") == "ready":
-        entry.row = replace(entry.row, prepare_s=said["prepare_s"])
+        entry.row = replace(
+            entry.row, prepare_s=said["prepare_s"], resident_mb=said.get("resident_mb")
+        )
     elif said.get("state") == "skipped":
         entry.row = replace(entry.row, status="skipped", why=said["why"])
         entry.stop()
@@ -334,12 +361,16 @@ def _result(
 
 def _row(entry: _Entry, outputs: Mapping[str, list[Array]]) -> EngineTiming:
     row = replace(entry.row, **statistics(entry.ms)) if entry.row.status == "ok" else entry.row
-    want, got = outputs.get("eager"), outputs[entry.engine.name]
+    want, got = outputs.get("eager"), outputs[entry.row.engine]
     if want and got and row.status == "ok":
         error = max_abs_error(got, want)
         why = row.why or ("" if error is not None else "other outputs than eager's")
         row = replace(row, max_abs_error=error, why=why)
     return row
+
+
+def _ours(row: EngineTiming) -> bool:
+    return row.engine.split("-")[0] == "ours"
 
 
 def _doubts(rows: Sequence[EngineTiming], thing: Subject, load: float) -> list[str]:
@@ -351,7 +382,7 @@ def _doubts(rows: Sequence[EngineTiming], thing: Subject, load: float) -> list[s
             f"the artifact approximates attention ({', '.join(thing.approximate)}); the other "
             "engines compute the original model, so its error against eager is the approximation's"
         )
-    slower = [r.label for r in rows if r.ratio is not None and r.ratio <= 1 and r.engine != "ours"]
+    slower = [r.label for r in rows if r.ratio is not None and r.ratio <= 1 and not _ours(r)]
     if slower:
         notes.append(f"the artifact is NOT faster than {', '.join(slower)}")
     return notes

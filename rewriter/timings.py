@@ -23,7 +23,8 @@ class EngineTiming:
 
     Milliseconds of single calls: median, first and third quartile, smallest. `ratio` is the
     median by ours (above 1: ours is faster). `max_abs_error` is against eager PyTorch on the
-    same inputs. `prepare_s` is loading, exporting and compiling with the first call.
+    same inputs. `prepare_s` is loading, exporting and compiling with the first call. `resident_mb`
+    is how much the engine's process grew by loading, compiling and running the model.
     """
 
     engine: str
@@ -38,6 +39,7 @@ class EngineTiming:
     max_abs_error: float | None = None
     runs: int = 0
     prepare_s: float | None = None
+    resident_mb: float | None = None
 
     @property
     def iqr_ms(self) -> float | None:

@@ -291,7 +291,7 @@ def test_sizes_of_the_model_s_inputs_come_from_the_artifact() -> None:
     assert made["pixel_values"].dtype == np.float32
     specs = [TensorSpec("ids", (2, 9), "int64"), TensorSpec("scale", (16,), "float32")]
     with pytest.raises(UsageError, match="'ids' has shape"):
-        bench_module._model_inputs(MODEL, {}, specs)
+        bench_module.model_inputs(MODEL, {}, specs)
 
 
 def test_library_chatter_does_not_reach_the_protocol() -> None:

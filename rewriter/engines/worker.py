@@ -76,14 +76,22 @@ def _first_line(error: BaseException) -> str:
 
 
 def _prepare(prepare: Any, job: Job, told: argparse.Namespace) -> tuple[Call, dict[str, Any]]:
-    start = time.perf_counter()
+    start, resident = time.perf_counter(), _resident_mb()
     call = prepare(job)
     outputs = call()  # compiles, for engines that compile at the first call
     seconds = time.perf_counter() - start
     _save(told.outputs, [np.array(o) for o in outputs])
     for _ in range(told.warmup):
         call()
-    return call, {"state": "ready", "prepare_s": seconds, "outputs": len(outputs)}
+    grown = _resident_mb() - resident
+    ready = {"state": "ready", "prepare_s": seconds, "outputs": len(outputs)}
+    return call, {**ready, "resident_mb": grown}
+
+
+def _resident_mb() -> float:
+    import psutil
+
+    return float(psutil.Process().memory_info().rss) / 1e6
 
 
 def _save(path: Path, outputs: list[Any]) -> None:
