@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.workloads import Variant, Workload
+from codegen.profile import flops_of
 from passes.errors import RewriterError
 from rewriter.bench import Subject, model_inputs, time_subject
 from rewriter.engines import select
@@ -175,9 +176,5 @@ def _row(
 
 
 def work(kernels: Sequence[Mapping[str, Any]]) -> int:
-    """Additions, multiplications and the like of all kernels and calls, from their OpCounts."""
-    total = 0
-    for kernel in kernels:
-        ops = (kernel.get("ops") or {}).get("ops", {})
-        total += int(kernel.get("count", 1)) * sum(ops.values())
-    return total
+    """Floating additions, multiplications and divisions of all calls, from their OpCounts."""
+    return sum(int(k.get("calls", 1)) * flops_of(k["ops"]) for k in kernels if k.get("ops"))

@@ -148,13 +148,22 @@ class Artifact:
 
     def _machine(self, worker: workers.Worker) -> Any:
         """This worker's virtual machine: one must not be shared by two threads."""
-        library, machine = self._library, worker.state.get(self._key)
+        machine = worker.state.get(self._key)
         if machine is None:
-            if library is None:
-                raise ArtifactError(f"{self.path}: the artifact is closed")
-            machine = self._device.machine(library["vm_load_executable"]())
-            worker.state[self._key] = machine
+            machine = worker.state[self._key] = self.new_machine()
         return machine
+
+    def new_machine(self) -> Any:
+        """A virtual machine of its own, for the thread that asks (profiling)."""
+        if self._library is None:
+            raise ArtifactError(f"{self.path}: the artifact is closed")
+        return self._device.machine(self._library["vm_load_executable"]())
+
+    def bound(self, machine: Any, arrays: list[NDArray[Any]]) -> Any:
+        """A call without arguments: the code in `machine` on `arrays` and the weights."""
+        tensors = [*map(self._device.tensor, arrays), *(self._weights or ())]
+        entry = machine[self.manifest.entry]
+        return lambda: entry(*tensors)
 
     def _check_entry(self, worker: workers.Worker) -> None:
         """The code must have the entry its manifest names, with as many arguments."""

@@ -184,7 +184,7 @@ def _artifact_subject(
             raise UsageError(
                 f"{path}: the other engines need the model it was made from; {error}"
             ) from error
-        thing.inputs = _random_inputs(specs)
+        thing.inputs = random_inputs(specs)
         thing.notes.append(f"only the artifact was timed: its model was not found ({error})")
     return thing
 
@@ -214,7 +214,8 @@ def model_inputs(model: str, options: Mapping[str, Any], specs: Sequence[Any]) -
     return inputs
 
 
-def _random_inputs(specs: Sequence[Any]) -> dict[str, Array]:
+def random_inputs(specs: Sequence[Any]) -> dict[str, Array]:
+    """Arrays by name that fit `specs`: normal floats, whole numbers from the spec's range."""
     draw = np.random.default_rng()
     made: dict[str, Array] = {}
     for spec in specs:

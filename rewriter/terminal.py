@@ -141,3 +141,27 @@ def _engine_cells(row: Mapping[str, Any]) -> list[RenderableType]:
         str(row["runs"]),
         Text(str(row.get("why", ""))),
     ]
+
+
+def profile_view(profile: Any) -> RenderableType:
+    """A codegen Profile as a table: kernels by time, with what they reach and their rule."""
+    right = ("ms a run", "share", "calls", "GFLOP/s", "GB/s")
+    table = _table(
+        f"kernels on {profile.threads} thread(s), {milliseconds(profile.plain_ms)} a run",
+        "kernel", *right, "scheduled by", right=right,
+    )  # fmt: skip
+    for row in profile.kernels:
+        table.add_row(
+            Text(row.name),
+            f"{row.ms:.3f}",
+            f"{row.share:.1%}",
+            str(row.calls),
+            "" if row.gflops is None else f"{row.gflops:.1f}",
+            "" if row.gbytes is None else f"{row.gbytes:.1f}",
+            Text(row.rule),
+        )
+    note = (
+        f"a run took {milliseconds(profile.instrumented_ms)} with the instrument and "
+        f"{milliseconds(profile.plain_ms)} without; medians of {profile.runs} runs"
+    )
+    return Group(table, _line("note", note))

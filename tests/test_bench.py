@@ -284,7 +284,7 @@ def test_sizes_of_the_model_s_inputs_come_from_the_artifact() -> None:
     assert bench_module._sizes(text) == {"batch": 2, "tokens": 64}
     assert bench_module._sizes(image) == {"batch": 3, "image": 224}
     assert bench_module._sizes([TensorSpec("x", (2, 3, 4), "float32")]) == {}
-    made = bench_module._random_inputs([*text, *image])
+    made = bench_module.random_inputs([*text, *image])
     assert made["input_ids"].shape == (2, 64)
     assert made["input_ids"].min() >= 0
     assert made["input_ids"].max() <= 99

@@ -32,12 +32,18 @@ def verb(
     batch: o.Batch = 1,
     image: o.Image = None,
     attn: o.Attn = "sdpa",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Time the kernels of OUT.rwa instead of engines.")
+    ] = False,
     json: o.Json = False,
 ) -> None:
     """Time an artifact (or MODEL, compiled exactly) against peers: median, spread, ratio, error.
 
     Example: rewriter bench minilm.rwa --against eager,inductor,onnxruntime,openvino
     """
+    if profile:
+        _profile(subject, threads, seconds, json)
+        return
     from rewriter.bench import bench
     from rewriter.cli.work import progress_bar
 
@@ -62,3 +68,23 @@ def verb(
         print_json(result.to_json())
         return
     console.print(result.table())
+
+
+def _profile(subject: str, threads: int | None, seconds: float, json: bool) -> None:
+    """Kernels by time, on random inputs; needs no torch."""
+    from pathlib import Path
+
+    from codegen.profile import profile
+    from codegen.runtime import load
+    from passes.errors import UsageError
+    from rewriter.bench import random_inputs
+    from rewriter.terminal import profile_view
+
+    if not subject.endswith(".rwa"):
+        raise UsageError(f"--profile: {subject} is not an artifact; compile it first (-o OUT.rwa)")
+    with load(Path(subject), threads=threads) as artifact:
+        result = profile(artifact, random_inputs(artifact.inputs), seconds)
+    if json:
+        print_json(result.to_json())
+        return
+    console.print(profile_view(result))
