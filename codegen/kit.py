@@ -7,12 +7,15 @@ Data is float32 or float16 (sums are float32). Letters as in passes/site.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tvm import relax
 
 from codegen.kernels import attention, feature_maps, linear_attention
 from codegen.kernels.attention import AttentionFacts, attributes
+from codegen.kernels.views import VIEWS, Layout
+from codegen.strides import view_of
 from codegen.target import Target
 from passes.errors import LoweringError
 
@@ -48,11 +51,41 @@ class Kit:
         kind = "" if bias is None else "hide" if _dtype(bias) == "bool" else "add"
         facts = AttentionFacts(float(scale), causal, window, key_mask is not None, kind)
         rest = [self.builder.normalize(x) for x in (key_mask, bias) if x is not None]
+        params, layout = self._layout(q, k, v)
+        known = facts.to_json()
+        if layout is not None:
+            known[VIEWS] = layout.to_json()
 
         def define(*args: Any) -> Any:
-            return attention.define(facts, *args)
+            if layout is None:
+                return attention.define(facts, *args)
+            tensors, others = layout.split(args)
+            return attention.define(facts, *tensors, *others, tokens_first=layout.tokens_first)
 
-        return self._te(define, [q, k, v, *rest], "attention", "attention", facts.to_json())
+        out = self._te(define, [*params, *rest], "attention", "attention", known)
+        return self._heads_first(out, layout, (*_shape(q)[:3], _shape(v)[3]))
+
+    def _layout(self, *tensors: Any) -> tuple[list[Any], Layout | None]:
+        """(parameters, how they hold the tensors); None and the tensors themselves on a GPU."""
+        if self.target.kind == "gpu":
+            return list(tensors), None
+        params: list[Any] = []
+        views = []
+        for x in tensors:
+            base, view = view_of(self.builder, x)
+            known = [n for n, p in enumerate(params) if p.same_as(base)]
+            at = known[0] if known else len(params)
+            params += [] if known else [base]
+            views.append(replace(view, argument=at))
+        return params, Layout(tuple(views), len(params), tokens_first=_shape(tensors[0])[1] > 1)
+
+    def _heads_first(self, out: Any, layout: Layout | None, shape: tuple[int, ...]) -> Any:
+        """The output as [B, H, T, E]; a transpose that follows cancels with this one."""
+        if layout is None or not layout.tokens_first:
+            return out
+        b, h, t, e = shape
+        split = self.builder.emit(relax.op.reshape(out, (b, t, h, e)))
+        return self.builder.emit(relax.op.permute_dims(split, [0, 2, 1, 3]))
 
     def project(self, x: Any, w: Any, scale: float = 1.0) -> Any:
         """x [B, H, T, D] times w [H, D, R] times scale: [B, H, T, R]."""

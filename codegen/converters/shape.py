@@ -1,4 +1,4 @@
-"""Reshapes that see through each other, so that none stands between a product and what follows."""
+"""Reshapes and transposes that see through each other, so that none stands where it need not."""
 
 from __future__ import annotations
 
@@ -39,7 +39,37 @@ def convert_view(node: Any, importer: Any) -> Any:
     return reshaped(importer, x, tuple(sizes))
 
 
+def transposed(importer: Any, value: Any, order: tuple[int, ...]) -> Any:
+    """`value` with its axes in `order`; transposes of transposes become one, or none."""
+    builder = importer.block_builder
+    bound = builder.lookup_binding(value) if isinstance(value, relax.Var) else None
+    if getattr(getattr(bound, "op", None), "name", "") == "relax.permute_dims":
+        axes = bound.attrs.axes
+        before = [int(a) for a in axes] if axes is not None else range(len(order))[::-1]
+        value, order = bound.args[0], tuple(before[a] % len(order) for a in order)
+    if order == tuple(range(len(order))):
+        return value
+    return builder.emit(relax.op.permute_dims(value, list(order)))
+
+
+def convert_permute(node: Any, importer: Any) -> Any:
+    """``aten.permute``."""
+    x = importer.env[node.args[0]]
+    return transposed(importer, x, tuple(int(a) % x.ty.ndim for a in node.args[1]))
+
+
+def convert_transpose(node: Any, importer: Any) -> Any:
+    """``aten.transpose``."""
+    x = importer.env[node.args[0]]
+    order = list(range(x.ty.ndim))
+    a, b = (int(n) % x.ty.ndim for n in node.args[1:3])
+    order[a], order[b] = b, a
+    return transposed(importer, x, tuple(order))
+
+
 CONVERTERS = {
+    "permute.default": convert_permute,
+    "transpose.int": convert_transpose,
     "view.default": convert_view,
     "reshape.default": convert_view,
     "_unsafe_view.default": convert_view,
