@@ -50,7 +50,9 @@ def run_workload(
         folder = Path(scratch)
         made, failed = _compile_all(workload, settings, folder, say)
         result = _time(workload, made, settings, folder, say) if made else {"engines": []}
-    rows = [_row(row, made, peaks) for row in result["engines"]]
+        profile = profiled(next(iter(made.values()))["path"], settings.threads) if made else {}
+    exact = made.get("ours", {}).get("report", {}).get("flops", 0)
+    rows = [_row(row, made, peaks, exact) for row in result["engines"]]
     rows += [{"engine": n, "label": n, "status": "failed", "why": w} for n, w in failed.items()]
     return {
         **result,
@@ -61,6 +63,7 @@ def run_workload(
         "tokens": workload.tokens,
         "seconds": settings.seconds,
         "peaks": dict(peaks),
+        "profile": profile,
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "engines": rows,
     }
@@ -153,26 +156,42 @@ def _time(
     return timed
 
 
+def profiled(path: Path, threads: int) -> dict[str, Any]:
+    """What `rewriter bench --profile --json` says; {} if it fails."""
+    command = [sys.executable, "-m", "rewriter", "bench", str(path), "--profile", "--json"]
+    command += ["--seconds", "2", "--threads", str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    said: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
+    return said
+
+
 def _row(
-    row: dict[str, Any], made: Mapping[str, dict[str, Any]], peaks: Mapping[str, Any]
+    row: dict[str, Any], made: Mapping[str, dict[str, Any]], peaks: Mapping[str, Any], exact: int
 ) -> dict[str, Any]:
-    """The row with what is known of our artifacts: verification, work, share of the peak."""
+    """The row with what is known: our verification, the work, the share of the peak.
+
+    `exact` is the work of the exact artifact, which is that of the peers.
+    """
     known = made.get(row["engine"])
-    if known is None:
-        return row
-    report = known["report"]
-    compiled, flops = report.get("compiled") or {}, report["flops"]
-    more: dict[str, Any] = {
-        "verified": bool(compiled.get("ok")),
-        "compiled_max_abs": compiled.get("max_abs"),
-        "compile_s": round(known["compile_s"], 2),
-        "compile_stages": (report.get("artifact") or {}).get("seconds", {}),
-        "flops": flops,
-    }
+    more: dict[str, Any] = {} if known is None else _of_artifact(known)
+    flops = more.get("flops", exact)
     if row.get("median_ms") and flops:
         more["gflops"] = flops / row["median_ms"] / 1e6
         more["share_of_peak"] = more["gflops"] / peaks["gflops"]
     return {**row, **more}
+
+
+def _of_artifact(known: Mapping[str, Any]) -> dict[str, Any]:
+    report = known["report"]
+    compiled, facts = report.get("compiled") or {}, report.get("artifact") or {}
+    return {
+        "verified": bool(compiled.get("ok")),
+        "compiled_max_abs": compiled.get("max_abs"),
+        "compile_s": round(known["compile_s"], 2),
+        "compile_stages": facts.get("seconds", {}),
+        "flops": report["flops"],
+        "peak_memory": facts.get("peak_memory"),
+    }
 
 
 def work(kernels: Sequence[Mapping[str, Any]]) -> int:
