@@ -42,7 +42,7 @@ def convert_view(node: Any, importer: Any) -> Any:
 def transposed(importer: Any, value: Any, order: tuple[int, ...]) -> Any:
     """`value` with its axes in `order`; transposes of transposes become one, or none."""
     builder = importer.block_builder
-    bound = builder.lookup_binding(value) if isinstance(value, relax.Var) else None
+    bound: Any = builder.lookup_binding(value) if isinstance(value, relax.Var) else None
     if getattr(getattr(bound, "op", None), "name", "") == "relax.permute_dims":
         axes = bound.attrs.axes
         before = [int(a) for a in axes] if axes is not None else range(len(order))[::-1]
