@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.substitute import Rewritten
 from rewriter.fit_loop import Task, shuffled
-from rewriter.fit_model import form_prefix, half, projection_names
+from rewriter.fit_model import form_names, half, projection_names, with_rates
 from rewriter.fit_report import Recipe
 from rewriter.linears import hidden_nodes, input_projections, output_projection, site_node
 from rewriter.taps import Tapped
@@ -176,16 +176,10 @@ def block_parameters(
     rewritten: Rewritten, recipe: Recipe
 ) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
     """(forms and the projections of the rewritten sites by name, their learning rates)."""
-    named = dict(rewritten.module.named_parameters())
-    rates = {
-        f"{form_prefix(rewritten, site)}{name}": recipe.block_form_lr
-        for site in rewritten.plan.rewritten
-        for name in rewritten.attention(site).params
-    }
+    rates = dict.fromkeys(form_names(rewritten), recipe.block_form_lr)
     if recipe.train != "forms":
         rates |= dict.fromkeys(projection_names(rewritten), recipe.block_weight_lr)
-    params = {n: named[n] for n in rates if n in named and named[n].is_floating_point()}
-    return params, {n: rates[n] for n in params}
+    return with_rates(rewritten, rates)
 
 
 def block_loss(parts: Sequence[Block], values: Values, batch: Mapping[str, Tensor]) -> Tensor:

@@ -107,11 +107,19 @@ def trainable(
     rates = dict.fromkeys(forms, recipe.form_lr)
     if recipe.train == "projections":
         rates |= dict.fromkeys(projection_names(rewritten), recipe.weight_lr)
-    named = dict(rewritten.module.named_parameters())
     if recipe.train == "layers":
         skip = _tables(rewritten)
-        layers = [n for n, p in named.items() if id(p) not in skip and n not in rates]
+        named = rewritten.module.named_parameters()
+        layers = [n for n, p in named if id(p) not in skip and n not in rates]
         rates |= dict.fromkeys(layers, recipe.weight_lr)
+    return with_rates(rewritten, rates)
+
+
+def with_rates(
+    rewritten: Rewritten, rates: Mapping[str, float]
+) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
+    """The floating parameters named in `rates`, and their learning rates; a tied one once."""
+    named = dict(rewritten.module.named_parameters())
     params = {n: named[n] for n in rates if n in named and named[n].is_floating_point()}
     return params, {n: rates[n] for n in params}
 

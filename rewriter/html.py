@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from codegen.energy import HOROWITZ_45NM, energy
 from passes.opcount import OpCount
 from passes.site import SiteStatus
 from rewriter import plots
-from rewriter.energy_view import SOURCE, energy
 from rewriter.graph_svg import draw
 from rewriter.wording import busy, count, milliseconds, number, speed_words, verdict_text
 
@@ -78,7 +78,7 @@ def page(report: RewriteReport) -> str:
             },
             engines=(report.timings or {}).get("engines", ()),
             ops_ratio=_ops_ratio,
-            energy_source=SOURCE,
+            energy_source=HOROWITZ_45NM.source,
             unpriced=_unpriced(report),
             statuses=[str(s) for s in SiteStatus],
         )
@@ -203,19 +203,25 @@ def _totals(report: RewriteReport) -> tuple[OpCount, OpCount]:
 
 def energy_chart(report: RewriteReport) -> str:
     """Estimated arithmetic energy of all sites, before and after; "" if nothing is priced."""
-    old, new = (energy(total) for total in _totals(report))
-    kinds = sorted({**old.nanojoules, **new.nanojoules})
+    old, new = (_nanojoules(total) for total in _totals(report))
+    kinds = sorted({**old, **new})
     if not kinds:
         return ""
     kinds = ["all", *kinds]
-    before = [old.total if k == "all" else old.nanojoules.get(k, 0.0) for k in kinds]
-    after = [new.total if k == "all" else new.nanojoules.get(k, 0.0) for k in kinds]
+    before = [sum(old.values()) if k == "all" else old.get(k, 0.0) for k in kinds]
+    after = [sum(new.values()) if k == "all" else new.get(k, 0.0) for k in kinds]
     joules = [[n * 1e-6 for n in values] for values in (before, after)]
     return plots.paired("energy", kinds, joules[0], joules[1], "millijoules", "mJ")
 
 
 def _unpriced(report: RewriteReport) -> int:
-    return max(energy(total).unpriced for total in _totals(report))
+    return max(sum(energy(total).unpriced.values()) for total in _totals(report))
+
+
+def _nanojoules(total: OpCount) -> dict[str, float]:
+    """Arithmetic energy by "operation dtype"; moving data is left out."""
+    priced = energy(total).arithmetic
+    return {kind.replace(":", " "): picojoules / 1000 for kind, picojoules in priced.items()}
 
 
 def _ops_ratio(row: Any) -> str:

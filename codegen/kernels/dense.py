@@ -9,7 +9,6 @@ Block names: ``dense`` (the product), ``dense_panel`` (packing done inside the k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,6 @@ from numpy.typing import NDArray
 from tvm import te, tirx
 
 from codegen.target import Target
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows and columns of the register tile."""
-
-    rows: int
-    columns: int
 
 
 def panel_width(target: Target) -> int:
