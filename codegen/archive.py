@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from codegen.manifest import Manifest, Member
 from codegen.weights_file import read_weights
-from passes.errors import ArtifactError
+from passes.errors import ArtifactError, PathError
 
 MANIFEST, CODE, WEIGHTS, REPORT = "manifest.json", "code.so", "weights.safetensors", "report.json"
 MEMBERS = (MANIFEST, CODE, WEIGHTS, REPORT)
@@ -88,6 +88,10 @@ def _open(path: Path) -> tuple[Manifest, dict[str, memoryview]]:
     try:
         with path.open("rb") as file:
             return _frame(path, file)
+    except FileNotFoundError as error:
+        raise PathError(
+            f"{path}: there is no such file; make one with `rewriter compile`"
+        ) from error
     except OSError as error:
         raise ArtifactError(f"{path}: can not be read ({error.strerror})") from error
 

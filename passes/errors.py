@@ -69,6 +69,10 @@ class ArtifactError(RewriterError):
     """An artifact file that is damaged, altered, foreign to this machine or not writable."""
 
 
+class PathError(UsageError, ArtifactError):
+    """A path the call names: an artifact that is not there, an output that can not be written."""
+
+
 class InputError(UsageError):
     """An input of an artifact or model: wrong name, shape, dtype or value."""
 

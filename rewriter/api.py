@@ -6,7 +6,6 @@ model -> trace -> canonicalise -> find -> plan -> substitute -> fit -> seal -> f
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,26 +97,39 @@ def rewrite(
     Raises:
         TraceError, NothingRewritten, UnmatchedRule, PlanError, FitError, UsageError.
     """
-    from passes.substitute import substitute
-    from rewriter.report import RewriteReport
-
+    if on_noop not in ("error", "ok"):
+        raise UsageError(f"on_noop: must be 'error' or 'ok', got {on_noop!r}")
     traced, found = find_sites(model, example_inputs, dynamic_shapes=dynamic_shapes)
     chosen = make_plan(found, form=form, plan=plan, rules=rules)
     if not chosen.rewritten and on_noop == "error":
         raise NothingRewritten(why_nothing(found, chosen))
-    rewritten = substitute(traced, found.sites, chosen)
-    result = Result(
-        name=name or type(model).__name__,
-        traced=traced,
-        found=found,
-        plan=chosen,
-        rewritten=rewritten,
-        report=RewriteReport.start(name or type(model).__name__, traced, found, chosen),
-        held_out=held_out or (),
-    )
+    result = apply_plan(traced, found, chosen, name or type(model).__name__, held_out or ())
     if fit_seconds or data or max_drop is not None:
-        _fit(result, fit_seconds, data, held_out, max_drop, state_dir, progress)
+        fit_result(
+            result,
+            fit_seconds,
+            data,
+            max_drop=max_drop,
+            state_dir=state_dir,
+            progress=progress,
+        )
     return result
+
+
+def apply_plan(
+    traced: Traced,
+    found: Found,
+    plan: Plan,
+    name: str,
+    held_out: Sequence[Mapping[str, torch.Tensor]] = (),
+) -> Result:
+    """Substitute what `plan` says; nothing is fitted."""
+    from passes.substitute import substitute
+    from rewriter.report import RewriteReport
+
+    rewritten = substitute(traced, found.sites, plan)
+    report = RewriteReport.start(name, traced, found, plan)
+    return Result(name, traced, found, plan, rewritten, report, held_out=held_out)
 
 
 def make_plan(
@@ -145,21 +157,23 @@ def why_nothing(found: Found, plan: Plan) -> str:
     lines = [f"  {site}: {c.status} {c.why}" for site, c in plan.choices.items()]
     lines += [f"  near miss {m.node} ({m.source}): {m.reason}" for m in found.near_misses]
     head = f"rewritten 0 of {len(found.sites)} attention sites"
-    advice = "change the form or plan, or allow it (on_noop='ok', --allow-none)"
+    advice = "change the form or plan, or allow that (on_noop='ok'; --allow-none)"
     if not found.sites:
-        head = "no attention was found in this model"
+        head = "no attention was found in this model, so there is nothing to rewrite"
+        advice = "to take the model as it is, allow that (on_noop='ok'; --allow-none)"
     return "\n".join([f"{head}; {advice}", *lines])
 
 
-def _fit(
+def fit_result(
     result: Result,
     seconds: float,
     data: Sequence[Mapping[str, torch.Tensor]] | None,
-    held_out: Sequence[Mapping[str, torch.Tensor]] | None,
-    max_drop: float | None,
-    state_dir: Path | None,
-    progress: Progress | None,
+    *,
+    max_drop: float | None = None,
+    state_dir: Path | None = None,
+    progress: Progress | None = None,
 ) -> None:
+    """Fit a `Result` in place, on `data`, measured on its `held_out`; completes its report."""
     from rewriter.fit import fit
 
     if data is None:
@@ -168,7 +182,7 @@ def _fit(
         result.rewritten,
         data,
         seconds=seconds,
-        held_out=held_out,
+        held_out=result.held_out or None,
         state_dir=state_dir,
         max_drop=max_drop,
         progress=progress,
@@ -207,10 +221,11 @@ def compile(
     Raises:
         LoweringError, ArtifactError, VerifyError and what `rewrite` raises.
     """
+    from rewriter.outputs import check_file
     from rewriter.pipeline import build_artifact
 
     path = Path(path)
-    check_writable(path)
+    check_file(path)
     result = (
         model
         if isinstance(model, Result)
@@ -235,19 +250,6 @@ def _rewrite_for_compile(
     if not any(options.get(k) for k in ("form", "plan", "rules")):
         options = {**options, "form": "exact"}
     return rewrite(model, example_inputs, progress=progress, **options)
-
-
-def check_writable(path: Path) -> None:
-    """`ArtifactError` early if `path` can not be written, before minutes of work."""
-    from passes.errors import ArtifactError
-
-    folder = path.parent
-    if not folder.is_dir():
-        raise ArtifactError(f"output {path}: the folder {folder} does not exist; create it first")
-    if path.is_dir():
-        raise ArtifactError(f"output {path}: is a folder; name a file")
-    if not os.access(folder, os.W_OK):
-        raise ArtifactError(f"output {path}: the folder {folder} is not writable")
 
 
 def load(path: Path | str, *, threads: int | None = None) -> Artifact:

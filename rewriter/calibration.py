@@ -23,6 +23,7 @@ from passes.traced import Traced
 
 Batch = dict[str, Tensor]
 LICENSES = Path("/usr/share/common-licenses")
+FEWEST = 4  # batches from which some are set aside to choose the best state
 SHORTEST = 6  # words; less is a heading or a stray word, not a sentence
 
 
@@ -214,3 +215,19 @@ def _check_tensor(
         raise FitError(f"{where}: has no elements (shape {list(value.shape)})")
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise FitError(f"{where}: has NaN or infinite values")
+
+
+def set_aside(data: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """(to train on, to choose the best state on): one batch in twelve, spread over the lengths."""
+    if len(data) < FEWEST:
+        return data, data
+    step = min(12, len(data) // 2)
+    chosen = set(range(step // 2, len(data), step))
+    return [b for i, b in enumerate(data) if i not in chosen], [data[i] for i in sorted(chosen)]
+
+
+def spread_out(data: list[Batch], seed: int) -> list[Batch]:
+    """The batches in a seeded order: whatever is captured first stands for all lengths."""
+    made = list(data)
+    random.Random(seed).shuffle(made)
+    return made

@@ -53,14 +53,17 @@ def demo(
 
     `bars(title)` is a context manager that gives a progress callable.
     """
+    from passes.form import form_named
     from rewriter.api import compile as compile_artifact
     from rewriter.api import rewrite
     from rewriter.bench import bench
     from rewriter.folder import save_rewritten
     from rewriter.models import load_model
+    from rewriter.outputs import make_folder
     from rewriter.samples import samples_for
 
-    folder.mkdir(parents=True, exist_ok=True)
+    form_named(form)
+    make_folder(folder, "--output")
     loaded = load_model(model, tokens=tokens)
     fit_on, held_out = samples_for(loaded, None, dynamic=True)
     files = {

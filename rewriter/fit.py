@@ -7,7 +7,6 @@ at once on the original's activations, the whole model, then the worst sites bac
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from passes.errors import FitError, UsageError
 from passes.substitute import Rewritten
-from rewriter.calibration import Batch, check_batches
+from rewriter.calibration import Batch, check_batches, set_aside, spread_out
 from rewriter.capture import Call, capture
 from rewriter.fidelity import Fidelity, Metric, compare, run_outputs
 from rewriter.fit_block import block_task
@@ -40,7 +39,6 @@ from rewriter.revert import revert_worst
 __all__ = ["FitReport", "Recipe", "fit"]
 
 Progress = Callable[..., None]
-FEWEST = 4  # batches from which some are set aside to choose the best state
 
 
 def fit(
@@ -115,8 +113,8 @@ class _Run:
     ) -> None:
         self.rewritten, self.recipe, self.seconds, self.seed = rewritten, recipe, seconds, seed
         self.metric, self.progress = metric, progress
-        self.train, self.validation = _set_aside(data)
-        self.spread = _spread(self.train, seed)
+        self.train, self.validation = set_aside(data)
+        self.spread = spread_out(self.train, seed)
         self.held = held if held is not None else self.validation
         self.sites = list(rewritten.plan.rewritten)
         self.start, self.cpu_start = time.monotonic(), time.process_time()
@@ -378,15 +376,6 @@ def _notes(stages: Sequence[Stage], records: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _set_aside(data: list[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """(to train on, to choose the best state on): one batch in twelve, spread over the lengths."""
-    if len(data) < FEWEST:
-        return data, data
-    step = min(12, len(data) // 2)
-    chosen = set(range(step // 2, len(data), step))
-    return [b for i, b in enumerate(data) if i not in chosen], [data[i] for i in sorted(chosen)]
-
-
 def _copy(module: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in module.named_parameters()}
 
@@ -396,13 +385,6 @@ def _put_back(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     named = dict(module.named_parameters())
     for name, value in values.items():
         named[name].copy_(value)
-
-
-def _spread(data: list[Batch], seed: int) -> list[Batch]:
-    """The batches in a seeded order: whatever is captured first stands for all lengths."""
-    made = list(data)
-    random.Random(seed).shuffle(made)
-    return made
 
 
 def _paired(mine: Sequence[Call], theirs: Sequence[Call]) -> list[Call]:

@@ -115,15 +115,18 @@ class Activations:
         self.names, self.batches, self.most, self.held = list(names), batches, most, 0
         self.model = Tapped(teacher.module, [nodes[n] for n in self.names])
         self.kept: dict[int, Values] = {}
+        self.halved: set[str] = set()  # float32 names that are kept as float16
 
     @torch.no_grad()
     def __call__(self, index: int) -> Values:
         """Value of every border node, by name."""
         if index in self.kept:
-            return {n: _whole(v) for n, v in self.kept[index].items()}
+            kept = self.kept[index]
+            return {n: v.float() if n in self.halved else v for n, v in kept.items()}
         _, values = self.model(**self.batches[index])
         made = dict(zip(self.names, values, strict=True))
         small = {n: _small(v) for n, v in made.items()}
+        self.halved |= {n for n, v in made.items() if _dtype(v) != _dtype(small[n])}
         tensors = [v for v in small.values() if isinstance(v, Tensor)]
         size = sum(v.numel() * v.element_size() for v in tensors)
         if self.held + size <= self.most:
@@ -136,8 +139,8 @@ def _small(value: Any) -> Any:
     return half(value) if isinstance(value, Tensor) and value.dtype is torch.float32 else value
 
 
-def _whole(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype is torch.float16 else value
+def _dtype(value: Any) -> torch.dtype | None:
+    return value.dtype if isinstance(value, Tensor) else None
 
 
 def block_task(

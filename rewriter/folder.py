@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from passes.errors import ArtifactError, PlanError
 from passes.plan import Plan
+from rewriter.outputs import check_folder
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +35,10 @@ def save_rewritten(result: Result, folder: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    _check_replaceable(folder)
+    check_folder(folder, FILES)
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     try:
-        part.mkdir(parents=True)
+        part.mkdir()
         result.plan.save(part / "plan.json")
         save_file(_changed(result), part / "weights.safetensors")
         result.report.save(part / "report.json")
@@ -51,14 +52,6 @@ def save_rewritten(result: Result, folder: Path) -> None:
         raise ArtifactError(f"output {folder}: can not be written ({error.strerror})") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _check_replaceable(folder: Path) -> None:
-    if not folder.exists():
-        return
-    foreign = [p.name for p in folder.iterdir() if p.name not in FILES] if folder.is_dir() else [""]
-    if foreign:
-        raise ArtifactError(f"output {folder}: exists and is not a rewritten model; name another")
 
 
 def load_rewritten(model: Any, example_inputs: Inputs, folder: Path, **options: Any) -> Result:

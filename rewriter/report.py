@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from passes.errors import ArtifactError, NothingRewritten, UnknownName, UsageError
+from passes.errors import NothingRewritten, UnknownName, UsageError
 from passes.plan import KEEP, Choice, Plan
 from passes.site import AttentionSite, NearMiss, SiteStatus
+from rewriter.outputs import write_text
 from rewriter.report_rows import KernelRow, SiteRow, decode, encode, plain
 
 if TYPE_CHECKING:
@@ -285,17 +285,6 @@ class RewriteReport:
     def save_html(self, path: Path) -> None:
         """Write the page: beside, then rename. `ArtifactError` where it can not be written."""
         write_text(path, self.to_html())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` beside `path`, then rename; `ArtifactError` if that can not be done."""
-    beside = path.with_name(f"{path.name}.part-{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise ArtifactError(f"output {path}: can not be written ({error.strerror})") from error
 
 
 def versions() -> dict[str, str]:

@@ -41,7 +41,8 @@ def ridge(
     a, b = a - mean_x, b - mean_y
     gram = a.T @ a
     if penalty > 0:
-        load = penalty * gram.trace() / len(gram)
+        # inputs that never vary leave the matrix empty: any load then keeps the old weight
+        load = (penalty * gram.trace() / len(gram)).clamp_min(1e-30)
         eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         left = gram + load * eye
         change = torch.linalg.solve(left, a.T @ (b - a @ w.T)).T

@@ -114,12 +114,19 @@ def _from_npz(path: Path, loaded: LoadedModel, batch: int) -> Batches:
         raise FitError(
             f"--data {path}: needs at least {batch * 2} samples of every input, all of one number"
         )
-    tensors = {n: torch.from_numpy(arrays[n]) for n in loaded.example_inputs}
+    tensors = {n: _as(torch.from_numpy(arrays[n]), e) for n, e in loaded.example_inputs.items()}
     total = min(counts)
     return [
         {n: t[i : i + batch] for n, t in tensors.items()}
         for i in range(0, total - batch + 1, batch)
     ]
+
+
+def _as(value: Tensor, example: Tensor) -> Tensor:
+    """In the model's type where only the width differs: numpy's own default is float64."""
+    alike = value.is_floating_point() == example.is_floating_point()
+    plain = "bool" not in f"{value.dtype}{example.dtype}"
+    return value.to(example.dtype) if alike and plain else value
 
 
 def _split(batches: Batches) -> tuple[Batches, Batches]:

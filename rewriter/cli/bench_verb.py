@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from passes.errors import UsageError
 from rewriter.cli import options as o
 from rewriter.cli.output import console, print_json
 
@@ -48,6 +49,8 @@ def verb(
     from rewriter.cli.work import progress_bar
 
     names = None if against == "all" else [n.strip() for n in against.split(",") if n.strip()]
+    if names == []:
+        raise UsageError("--against: names no engine; give eager, onnxruntime, ... or all")
     options = (
         {}
         if subject.endswith(".rwa")
@@ -76,7 +79,6 @@ def _profile(subject: str, threads: int | None, seconds: float, json: bool) -> N
 
     from codegen.profile import profile
     from codegen.runtime import load
-    from passes.errors import UsageError
     from rewriter.bench import random_inputs
     from rewriter.terminal import profile_view
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,11 @@ Session = Annotated[
 Unscheduled = Annotated[
     bool, typer.Option("--allow-unscheduled", help="Let kernels without a schedule through (slow).")
 ]
+
+
+def _state(output: Path) -> Path:
+    """Where a killed fit goes on from."""
+    return output.with_name(output.name + ".fit")
 
 
 def verb(
@@ -51,19 +57,29 @@ def verb(
     Example: rewriter compile minilm --form hedgehog --fit 240 --tokens 128 -o minilm.rwa
     """
     from codegen.target import target_named
-    from rewriter.api import check_writable
     from rewriter.api import compile as compile_artifact
-    from rewriter.cli.work import any_plan, fit_model, from_folder, progress_bar, rewrite_model
+    from rewriter.cli.work import (
+        any_plan,
+        check_budget,
+        fit_model,
+        from_folder,
+        progress_bar,
+        rewrite_model,
+    )
+    from rewriter.outputs import check_file
 
-    check_writable(output)
+    check_file(output, "--output")
+    check_file(html, "--html")
+    check_budget("--fit", fit, max_drop, least=0)
     made_for = target_named(target)
     if source is not None and any_plan(form, plan, rule):
         raise UsageError("give --from or a form, plan or rule, not both")
+    if (fit or max_drop is not None) and not any_plan(form, plan, rule):
+        raise UsageError("--fit and --max-drop need --form, --plan or --rule: what is to be fitted")
     loaded = o.open_model(model, tokens, batch, image, attn)
     if source is not None:
         result = from_folder(loaded, source)
-    elif fit:
-        state = output.with_name(output.name + ".fit")
+    elif fit or max_drop is not None:
         result = fit_model(
             loaded,
             form,
@@ -73,7 +89,7 @@ def verb(
             seconds=fit,
             data=data,
             max_drop=max_drop,
-            state=state,
+            state=_state(output) if fit else None,
         )
     else:
         default = None if any_plan(form, plan, rule) else "exact"
@@ -88,6 +104,8 @@ def verb(
             threads=threads,
             progress=progress,
         )
+    if fit and source is None:
+        shutil.rmtree(_state(output), ignore_errors=True)
     if html is not None:
         result.report.save_html(html)
     if json:

@@ -32,8 +32,9 @@ def verb(
     from rewriter.cli.output import finite
     from rewriter.cli.work import progress_bar
     from rewriter.demo import demo
-    from rewriter.report import write_text
+    from rewriter.outputs import check_file, write_text
 
+    check_file(json, "--json")
     made = demo(
         output, form=form, tokens=tokens, fit_seconds=fit, threads=threads, bars=progress_bar
     )

@@ -40,11 +40,16 @@ def verb(
 
     Example: rewriter fit minilm --form hedgehog --seconds 240 -o fitted/
     """
-    from rewriter.cli.work import fit_model
-    from rewriter.folder import save_rewritten
+    import shutil
 
+    from rewriter.cli.work import check_budget, fit_model
+    from rewriter.folder import FILES, save_rewritten
+    from rewriter.outputs import check_folder
+
+    check_budget("--seconds", seconds, max_drop, least=0 if max_drop is not None else 1)
+    check_folder(output, FILES, "--output")
     loaded = o.open_model(model, tokens, batch, image, attn)
-    state = state or output.with_name(output.name + ".state")
+    kept = state or output.with_name(output.name + ".state")
     result = fit_model(
         loaded,
         form,
@@ -54,9 +59,11 @@ def verb(
         seconds=seconds,
         data=data,
         max_drop=max_drop,
-        state=state,
+        state=kept,
     )
     save_rewritten(result, output)
+    if state is None:
+        shutil.rmtree(kept, ignore_errors=True)
     if json:
         print_json(result.report.to_json())
         return

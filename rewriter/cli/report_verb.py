@@ -22,7 +22,9 @@ def verb(subject: Subject, html: o.Html = None, json: o.Json = False) -> None:
     Example: rewriter report minilm.rwa --html minilm.html
     """
     from rewriter.cli.work import read_report
+    from rewriter.outputs import check_file
 
+    check_file(html, "--html")
     report = read_report(subject)
     if html is not None:
         report.save_html(html)

@@ -35,8 +35,11 @@ def verb(
     Example: rewriter rewrite minilm --rule "encoder.layer.[0-2].*=hedgehog" -o rewritten/
     """
     from rewriter.cli.work import rewrite_model
-    from rewriter.folder import save_rewritten
+    from rewriter.folder import FILES, save_rewritten
+    from rewriter.outputs import check_file, check_folder
 
+    check_folder(output, FILES, "--output")
+    check_file(html, "--html")
     loaded = o.open_model(model, tokens, batch, image, attn)
     result = rewrite_model(loaded, form, plan, rule, setting, allow_none=allow_none)
     if output is not None:

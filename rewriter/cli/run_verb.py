@@ -26,7 +26,9 @@ def verb(
     Example: rewriter run minilm.rwa --input x.npz -o y.npz
     """
     from rewriter.api import load
+    from rewriter.outputs import check_file
 
+    check_file(output, "--output")
     loaded = load(artifact, threads=threads)
     results = loaded.run(read_arrays(input_file))
     write_arrays(output, results)

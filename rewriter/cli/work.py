@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from passes.errors import UsageError
+from passes.errors import NothingRewritten, UsageError
 from rewriter.cli.options import parse_config, parse_rules
 from rewriter.cli.output import errors
 
@@ -72,36 +73,36 @@ def fit_model(
     seconds: float,
     data: Path | None,
     max_drop: float | None,
-    state: Path,
+    state: Path | None,
 ) -> Result:
     """Rewrite and fit, with a progress bar on stderr; Ctrl-C keeps the state."""
-    from rewriter.api import find_sites, rewrite
+    from rewriter.api import apply_plan, find_sites, fit_result, make_plan, why_nothing
     from rewriter.samples import samples_for
 
     chosen = chosen_form(form, settings)
-    traced, _ = find_sites(loaded.model, loaded.example_inputs, dynamic_shapes="auto")
+    traced, found = find_sites(loaded.model, loaded.example_inputs, dynamic_shapes="auto")
+    made = make_plan(found, form=chosen, plan=plan, rules=parse_rules(rules))
+    if not made.rewritten:
+        raise NothingRewritten(why_nothing(found, made))
     fit_on, held_out = samples_for(loaded, data, dynamic=bool(traced.dynamic))
+    result = apply_plan(traced, found, made, loaded.name, held_out)
     with progress_bar("fit") as progress:
         try:
-            return rewrite(
-                loaded.model,
-                loaded.example_inputs,
-                form=chosen,
-                plan=plan,
-                rules=parse_rules(rules),
-                fit_seconds=seconds,
-                data=fit_on,
-                held_out=held_out,
-                max_drop=max_drop,
-                state_dir=state,
-                dynamic_shapes="auto",
-                name=loaded.name,
-                progress=progress,
+            fit_result(
+                result, seconds, fit_on, max_drop=max_drop, state_dir=state, progress=progress
             )
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(
-                f"The fit is kept in {state}; the same command goes on from there."
-            ) from stop
+            kept = f"The fit is kept in {state}; the same command goes on from there."
+            raise KeyboardInterrupt(kept if state is not None else "") from stop
+    return result
+
+
+def check_budget(option: str, seconds: float, max_drop: float | None, *, least: float) -> None:
+    """`UsageError` for a time or drop that makes no sense, before the model is even opened."""
+    if not math.isfinite(seconds) or seconds < least:
+        raise UsageError(f"{option}: must be a number of seconds from {least:g}, got {seconds}")
+    if max_drop is not None and not 0 <= max_drop <= 2:
+        raise UsageError(f"--max-drop: must be from 0 to 2 (1 - mean cosine), got {max_drop}")
 
 
 def from_folder(loaded: LoadedModel, folder: Path) -> Result:

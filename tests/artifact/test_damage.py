@@ -132,7 +132,7 @@ def test_other_files(content: bytes, tmp_path: Path) -> None:
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="No such file"):
+    with pytest.raises(ArtifactError, match="no such file"):
         load(tmp_path / "missing.rwa")
     with pytest.raises(ArtifactError, match="directory"):
         load(tmp_path)
