@@ -189,4 +189,34 @@ def test_interrupted_compile_leaves_nothing(tmp_path: Path) -> None:
     err = process.stderr.read()
     assert process.wait(60) == 130, err
     assert "Traceback" not in err
+    assert "interrupted" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_fit_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import rewriter.fit_loop
+
+    monkeypatch.chdir(tmp_path)
+    np.savez("x.npz", src=np.random.default_rng().normal(size=(32, 24, 32)).astype(np.float32))
+    whole, steps = rewriter.fit_loop.Loop.run, []
+
+    def stop_in_the_second(loop: rewriter.fit_loop.Loop) -> object:
+        steps.append(loop)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return whole(loop)
+
+    monkeypatch.setattr(rewriter.fit_loop.Loop, "run", stop_in_the_second)
+    command = ["fit", TINY, "--form", "hedgehog", "--seconds", "2", "--data", "x.npz", "-o", "f"]
+    code, _, err = call(capsys, *command)
+    assert code == 130
+    assert "The fit is kept in f.state; the same command goes on" in " ".join(err.split())
+    assert not Path("f").exists()
+    assert Path("f.state").is_dir()
+    code, out, err = call(capsys, *command, "--json")
+    assert code == 0, err
+    assert json.loads(out)["fit"]["resumed"] == 1
+    assert Path("f").is_dir()
+    assert not Path("f.state").exists()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -16,7 +18,7 @@ from rewriter.cli.output import errors
 # In the order of `rewriter --help`; each module has a function `verb`.
 VERBS = (
     "sites", "explain", "forms", "targets", "models", "rewrite", "fit", "compile", "tune",
-    "run", "verify", "bench", "report", "doctor", "demo",
+    "run", "verify", "bench", "energy", "report", "doctor", "demo",
 )  # fmt: skip
 
 # typer brings its own copy of click since 0.27: its base of all wrong use is found by name.
@@ -40,8 +42,23 @@ def build_app() -> typer.Typer:
     )
     for name in VERBS:
         verb = importlib.import_module(f"rewriter.cli.{name}_verb").verb
-        app.command(name, no_args_is_help=name not in _NO_ARGUMENTS)(verb)
+        app.command(name, no_args_is_help=name not in _NO_ARGUMENTS)(_interruptible(verb))
     return app
+
+
+class Interrupted(Exception):
+    """A Ctrl-C with what it left behind: typer turns a KeyboardInterrupt into a bare exit code."""
+
+
+def _interruptible(verb: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(str(stop)) from stop
+
+    return run
 
 
 _NO_ARGUMENTS = {"forms", "targets", "models", "doctor", "demo"}
@@ -53,7 +70,7 @@ def guarded(app: typer.Typer, argv: list[str], debug: bool) -> int:
         _quiet()
     try:
         return _invoke(app, argv)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, Interrupted) as stop:
         if debug:
             raise
         errors.print(f"interrupted. {stop}".strip(), style="yellow", markup=False, highlight=False)

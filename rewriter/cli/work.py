@@ -15,6 +15,7 @@ from rewriter.cli.output import errors
 if TYPE_CHECKING:
     from passes.form import Form
     from rewriter.api import Result
+    from rewriter.energy import EnergyReport
     from rewriter.loaded import LoadedModel
     from rewriter.report import RewriteReport
 
@@ -165,3 +166,24 @@ def read_report(subject: Path) -> RewriteReport:
     if subject.suffix == ".rwa":
         return RewriteReport.from_json(open_artifact(subject).report, f"report in {subject}")
     return RewriteReport.load(subject)
+
+
+def energy_of(
+    loaded: LoadedModel,
+    form: str | None,
+    plan: Path | None,
+    rules: Names,
+    settings: Names,
+    model: str,
+) -> EnergyReport:
+    """The energy of a model as it is and, where a plan is given, rewritten."""
+    from passes.plan import Plan
+    from rewriter.api import find_sites, make_plan
+    from rewriter.energy import energy_report
+
+    traced, found = find_sites(loaded.model, loaded.example_inputs)
+    chosen = chosen_form(form, settings)
+    planned = Plan({})
+    if any_plan(form, plan, rules):
+        planned = make_plan(found, form=chosen, plan=plan, rules=parse_rules(rules))
+    return energy_report(traced, planned, name=loaded.name, model=model)
