@@ -53,13 +53,16 @@ def write_artifact(
     code: bytes,
     weights: Mapping[str, NDArray[Any]],
     report: Mapping[str, Any],
+    *,
+    called: str | None = None,
 ) -> Manifest:
     """Write the file beside `path`, then rename it there; returns the manifest as written.
 
     `path` either keeps what it held or holds the whole new file; two processes may write one path
     (the last rename wins). `ArtifactError` if it can not be written (no such folder, no
     permission, no space); the file beside is removed then, and on Ctrl-C. `weights` are
-    name -> array of any shape; the names are those of `manifest.weights`.
+    name -> array of any shape; the names are those of `manifest.weights`. `called`: what messages
+    call the path.
     """
     final = Path(os.path.realpath(path))
     if sorted(weights) != sorted(set(manifest.weights)):
@@ -72,7 +75,8 @@ def write_artifact(
         os.replace(beside, final)
         _sync_folder(final.parent)
     except OSError as error:
-        raise ArtifactError(f"{path}: can not be written ({error.strerror or error})") from error
+        name = called or path
+        raise ArtifactError(f"{name}: can not be written ({error.strerror or error})") from error
     finally:
         # After the rename there is nothing left of this name.
         with contextlib.suppress(OSError):

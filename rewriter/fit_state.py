@@ -6,6 +6,7 @@ place: at every moment the folder holds one complete state.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from passes.errors import FitError
@@ -84,7 +85,8 @@ class StateFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             part = self.folder / f"{name}.part"
-            save_file({k: v.detach().contiguous() for k, v in state.tensors.items()}, part)
+            # not save_file: its errors are not OSErrors
+            part.write_bytes(save({k: v.detach().contiguous() for k, v in state.tensors.items()}))
             digest = _sha256(part)
             part.replace(self.folder / name)
             data = {
@@ -103,6 +105,8 @@ class StateFolder:
                 if old.name != name:
                     old.unlink(missing_ok=True)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                (self.folder / f"{name}.part").unlink()
             told = error.strerror or error
             raise FitError(f"state folder {self.folder}: can not be written ({told})") from error
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from passes.errors import ArtifactError, PlanError
+from passes.errors import ArtifactError, PlanError, RewriterError
 from passes.plan import Plan
 from rewriter.outputs import check_folder
 
@@ -33,14 +33,14 @@ def save_rewritten(result: Result, folder: Path) -> None:
     Raises:
         ArtifactError: the folder is not writable, or holds something else.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     check_folder(folder, FILES)
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     try:
         part.mkdir()
         result.plan.save(part / "plan.json")
-        save_file(_changed(result), part / "weights.safetensors")
+        (part / "weights.safetensors").write_bytes(save(_changed(result)))
         result.report.save(part / "report.json")
         result.report.save_html(part / "report.html")
         meta = {"schema": SCHEMA, "model": result.name, "base": base_hash(result.traced.module)}
@@ -48,8 +48,10 @@ def save_rewritten(result: Result, folder: Path) -> None:
         if folder.exists():
             shutil.rmtree(folder)
         part.replace(folder)
-    except OSError as error:
-        raise ArtifactError(f"output {folder}: can not be written ({error.strerror})") from error
+    except (OSError, RewriterError) as error:
+        why = error.__cause__ if isinstance(error, RewriterError) else error
+        told = getattr(why, "strerror", None) or error
+        raise ArtifactError(f"output {folder}: can not be written ({told})") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

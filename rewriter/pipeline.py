@@ -102,7 +102,7 @@ def build_artifact(
     trial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.trial")
     try:
         with stages.stage("write"):
-            write_artifact(trial, manifest, built.code, lowered.weights, {})
+            write_artifact(trial, manifest, built.code, lowered.weights, {}, called=str(path))
         with stages.stage("verify"):
             stats, note = _verify(result, trial, manifest, threads)
     finally:
