@@ -27,6 +27,7 @@ from passes.ops import op_of, val
 from passes.origin import dims_of, module_path, source_line, symbol_names
 from passes.prove import prove
 from passes.rebuild import Rebuilt, rebuild
+from passes.rewire import mark_reduced
 from passes.roles import sources
 from passes.site import AttentionSite, Mask, NearMiss
 from passes.traced import Traced
@@ -51,6 +52,7 @@ def canonicalise(traced: Traced) -> Traced:
         if not node._erased:
             work.visit(node)
     name_sites(module)
+    mark_reduced(module)
     module.meta["near_misses"] = tuple(work.near_misses)
     module.graph.lint()
     module.recompile()

@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -188,6 +188,24 @@ class Form(ABC):
     @abstractmethod
     def ops(self, site: AttentionSite) -> OpCount:
         """Operations of one call at `site` (static dims), in closed form, as the kernel does."""
+
+    def counted(self, site: AttentionSite) -> OpCount:
+        """Operations of one call as `rewriter energy --model count` charges them.
+
+        A form from a paper with a counting rule of its own overrides this; else it is `ops`.
+        """
+        return self.ops(site)
+
+    def rewires(self, site: AttentionSite) -> tuple[str, ...]:
+        """Changes of the graph around `site` that this form starts from (passes/rewire.py)."""
+        return ()
+
+    def spares(self, site: AttentionSite, sites: Sequence[AttentionSite]) -> str:
+        """Why a rule for all `sites` of a model should leave `site` as it is; "" if it should not.
+
+        A rule that names the site by more than "*" is followed in any case.
+        """
+        return ""
 
     @abstractmethod
     def kernel(

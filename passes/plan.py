@@ -136,6 +136,9 @@ def plan_by_rules(
         pattern = hits[0] if hits else ""
         form = resolved[pattern]
         why = f"rule {pattern!r}" if hits else "no rule"
+        if form is not None and pattern == "*":
+            spared = form.spares(site, sites)
+            form, why = (None, f"{form.name}: {spared}") if spared else (form, why)
         keep = Choice(KEEP, {}, SiteStatus.KEPT, why)
         choices[site.id] = keep if form is None else choose(form, site, why)
     _check_rules(rules, matched, sites)

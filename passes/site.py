@@ -76,7 +76,8 @@ class AttentionSite:
     `id` is the module path and an ordinal ("encoder.layer.0.attention.self#0") and survives a
     re-trace; `node` is the graph's own name for the SDPA node and does not. `cross` says that keys
     and queries are made from different activations (a decoder over an encoder's output); keys that
-    are a reduced copy of the queries' own tokens (T != S) are not cross.
+    are a reduced copy of the queries' own tokens (T != S) are not cross. `reduced` says that they
+    are such a copy, made by a convolution or pooling (passes/rewire.py can take it out).
     """
 
     id: str
@@ -89,6 +90,7 @@ class AttentionSite:
     dropout: float = 0.0
     source: str = ""
     found_by: str = "sdpa"
+    reduced: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `mask` is the kind in words, `mask_facts` the fields."""

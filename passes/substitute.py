@@ -22,6 +22,7 @@ from passes.form import Form, form_named
 from passes.forms.exact import Exact
 from passes.ops import HIDDEN
 from passes.plan import KEEP, Choice, Plan
+from passes.rewire import restore, rewire, rewired
 from passes.site import AttentionSite, SiteStatus
 from passes.traced import Traced
 
@@ -90,12 +91,33 @@ class Rewritten:
         refuses the site.
         """
         target, old = self._find(site_id)
-        new = AttentionModule(old.site, form).train(old.training)
+        site = self._wire(site_id, target, old, form)
+        new = AttentionModule(site, form).train(old.training)
         new.to(_device(self.module))
         self.module.set_submodule(target, new)
         before = self.plan.choices.get(site_id)
         self.plan = self.plan.with_choice(site_id, _choice(form, before, why))
         return new
+
+    def _wire(self, site_id: str, target: str, old: AttentionModule, form: Form) -> AttentionSite:
+        """The site as `form` wants it, after the graph around it was changed where it differs."""
+        site = next(s for s in self.sites if s.id == site_id)
+        verdict = form.applies(rewired(site, form.rewires(site)))
+        if form.rewires(site) == old.form.rewires(site) or not verdict:
+            return rewired(site, form.rewires(site))
+        graph = self.module.graph
+        call = next(n for n in graph.nodes if n.op == "call_module" and n.target == target)
+        original = next(
+            n
+            for n in self.traced.module.graph.nodes
+            if _is_site(n) and n.meta["attention_site"].id == site_id
+        )
+        restore(self.module, call, original)
+        site = rewire(self.module, call, site, form)
+        graph.eliminate_dead_code()
+        graph.lint()
+        self.module.recompile()
+        return site
 
     def _find(self, site_id: str) -> tuple[str, AttentionModule]:
         found = {
@@ -133,7 +155,8 @@ def substitute(traced: Traced, sites: Sequence[AttentionSite], plan: Plan) -> Re
     key_masks: KeyMasks = {}
     for site in sorted(sites, key=lambda s: order[nodes[s.id]]):
         form = _form(plan.choices.get(site.id))
-        attention = AttentionModule(site, form).to(device).train(module.training)
+        changed = rewire(module, nodes[site.id], site, form)
+        attention = AttentionModule(changed, form).to(device).train(module.training)
         _replace(module, nodes[site.id], attention, key_masks)
     module.graph.eliminate_dead_code()
     module.graph.lint()
@@ -161,7 +184,7 @@ def _form(choice: Choice | None) -> Form:
 
 
 def _choice(form: Form, before: Choice | None, why: str) -> Choice:
-    if not isinstance(form, Exact):
+    if form.name != Exact.name:
         return Choice(form.name, form.config.to_json(), SiteStatus.REWRITTEN, why)
     if before is not None and before.status is SiteStatus.REWRITTEN:
         return Choice(KEEP, {}, SiteStatus.REVERTED, why or f"{before.form} was taken back")

@@ -33,6 +33,7 @@ class Builtin:
     patch: int = 1  # image sides must be a multiple of this,
     least: int = 1  # and at least this
     default_tokens: int = 128
+    outputs: tuple[str, ...] = ("last_hidden_state",)
 
 
 _MASKED = ("input_ids", "attention_mask")
@@ -50,6 +51,18 @@ def _vit(cls: str, width: int, about: str) -> Builtin:
     return Builtin(cls, "image", _IMAGE, about, config, _NO_POOLER, patch=16)
 
 
+def _pvt(size: str, widths: tuple[int, ...], depths: tuple[int, ...]) -> Builtin:
+    return Builtin(
+        "PvtV2ForImageClassification",
+        "image",
+        _IMAGE,
+        f"PVT v2 {size} of 1000 classes, keys and values reduced by convolution",
+        {"hidden_sizes": list(widths), "depths": list(depths), "num_labels": 1000},
+        patch=32,
+        outputs=("logits",),
+    )
+
+
 _RANDOM: dict[str, Builtin] = {
     "bert-base": Builtin(
         "BertModel", "text", _MASKED, "BERT base encoder, 12 layers of 768", build=_NO_POOLER
@@ -60,9 +73,9 @@ _RANDOM: dict[str, Builtin] = {
     "deit-tiny": _vit("DeiTModel", 192, "DeiT tiny, 12 layers of 192, 3 heads"),
     "deit-small": _vit("DeiTModel", 384, "DeiT small, 12 layers of 384, 6 heads"),
     "vit-tiny": _vit("ViTModel", 192, "ViT tiny, 12 layers of 192, 3 heads"),
-    "pvt_v2_b0": Builtin(
-        "PvtV2Model", "image", _IMAGE, "PVT v2 B0, keys and values reduced by convolution", patch=32
-    ),
+    "pvt_v2_b0": _pvt("B0", (32, 64, 160, 256), (2, 2, 2, 2)),
+    "pvt_v2_b1": _pvt("B1", (64, 128, 320, 512), (2, 2, 2, 2)),
+    "pvt_v2_b2": _pvt("B2", (64, 128, 320, 512), (3, 4, 6, 3)),
     "swin-tiny": Builtin(
         "SwinModel", "image", _IMAGE, "Swin tiny, shifted windows with position bias",
         build=_NO_POOLER, patch=32, least=224,
@@ -163,7 +176,7 @@ def _load_random(name: str, builtin: Builtin, options: Options) -> LoadedModel:
         "audio": lambda: audio_inputs(config, options),
     }
     inputs = makers[builtin.kind]()
-    model = plain(model, builtin.inputs, outputs=("last_hidden_state",))
+    model = plain(model, builtin.inputs, outputs=builtin.outputs)
     about = f"{builtin.about}; random weights, seed {options.seed}"
     return LoadedModel(model, inputs, name, builtin.kind, None, about)
 

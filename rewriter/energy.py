@@ -75,6 +75,15 @@ class EnergyReport:
         """The part of the energy that is saved (negative: more is needed)."""
         return 1 - self.after.energy_mj / self.before.energy_mj if self.before.energy_mj else 0.0
 
+    def summary(self) -> str:
+        """One or two sentences."""
+        a, b = self.before, self.after
+        text = f"{self.model}, by the rule {self.rule!r}: {_words(a)} before"
+        if a != b:
+            more = "less" if self.saved > 0 else "more"
+            text += f", {_words(b)} after: {abs(self.saved):.1%} {more} energy"
+        return f"{text}. An estimate from counted operations, not a measurement."
+
     def to_json(self) -> dict[str, Any]:
         """Plain data: "before", "after" and "layers" by the contract of `Cost.to_json`."""
         return {
@@ -88,6 +97,11 @@ class EnergyReport:
             "unpriced": dict(self.unpriced),
             "notes": list(self.notes),
         }
+
+
+def _words(cost: Cost) -> str:
+    counts = [f"{cost.ops.total(k) / 1e9:.3g} G {k}" for k in KINDS if cost.ops.total(k)]
+    return f"{cost.energy_mj:.4g} mJ ({', '.join(counts)})"
 
 
 def price(ops: OpCount, table: EnergyTable = HOROWITZ_45NM) -> Cost:
@@ -138,8 +152,8 @@ def compare(before: Rewritten, after: Rewritten, name: str) -> EnergyReport:
     rows = []
     for key in [*old, *(k for k in new if k not in old)]:
         a, b = old.get(key), new.get(key)
-        costs = [price(layer.ops) if layer else None for layer in (a, b)]
-        rows.append(LayerCost(*key, *costs, form=b.form if b else ""))
+        before_, after_ = (price(layer.ops) if layer else None for layer in (a, b))
+        rows.append(LayerCost(*key, before_, after_, b.form if b else ""))
     totals = [sum((x.ops for x in side.values()), OpCount()) for side in (old, new)]
     rest = {f"{op}:{t}": n for op, t, n in totals[1] if (op, t) not in HOROWITZ_45NM.picojoules}
     return EnergyReport(

@@ -30,7 +30,7 @@ from passes.origin import module_path
 from passes.substitute import AttentionModule
 
 LINEAR, CONV, NORM, PRODUCT, ATTENTION = (
-    "linear", "convolution", "norm", "product", "attention",
+    "linear", "conv", "norm", "product", "attention",
 )  # fmt: skip
 _NORMS = frozenset(
     {"layer_norm", "native_layer_norm", "batch_norm", "_native_batch_norm_legit_no_training",
@@ -55,9 +55,7 @@ def count_layers(module: GraphModule) -> list[Layer]:
     Raises:
         ValueError: an attention with a dynamic size (trace with static shapes to count).
     """
-    scaled = not any(
-        m.site.reduced and isinstance(m.form, Exact) for _, m in _attentions(module)
-    )
+    scaled = not any(m.site.reduced and isinstance(m.form, Exact) for _, m in _attentions(module))
     seen: Counter[tuple[str, str]] = Counter()
     layers = []
     for node in module.graph.nodes:

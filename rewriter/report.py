@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from passes.errors import NothingRewritten, UnknownName, UsageError
 from passes.plan import KEEP, Choice, Plan
+from passes.rewire import rewired
 from passes.site import AttentionSite, NearMiss, SiteStatus
 from rewriter.outputs import write_text
 from rewriter.report_rows import KernelRow, SiteRow, decode, encode, plain
@@ -352,7 +353,8 @@ def _size_note(sizes: Mapping[str, int]) -> tuple[str, ...]:
 def _ops(form: Any, site: AttentionSite, sizes: Mapping[str, int]) -> Any:
     """Closed-form count; None where a dynamic dimension's size is not known."""
     try:
-        return form.ops(replace(site, dims=site.dims.static(sizes)))
+        static = replace(site, dims=site.dims.static(sizes))
+        return form.ops(rewired(static, form.rewires(static)))
     except KeyError:
         return None
 

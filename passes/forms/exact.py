@@ -126,6 +126,16 @@ class Exact(Form):
             written=rows * e * item_bytes(site),
         )
 
+    def counted(self, site: AttentionSite) -> OpCount:
+        """EcoFormer's rule (Liu et al. 2022, released counter): the softmax itself is free.
+
+        products q k^T and weights v   mul and add B*H*T*S*(D + E)
+        scale                          mul B*H*T*S
+        """
+        b, h, _, t, s, d, e = sizes(site)
+        pairs = b * h * t * s
+        return OpCount.of(mul=pairs * (d + e + 1), add=pairs * (d + e))
+
     def kernel(
         self,
         kit: Any,

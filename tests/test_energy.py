@@ -1,0 +1,162 @@
+"""Energy of whole models: EcoFormer's counting rule, its published totals, and the verb."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, PvtV2Config, PvtV2ForImageClassification
+
+from passes.errors import UnknownName
+from passes.plan import Plan, plan_by_rules
+from rewriter.api import find_sites
+from rewriter.cli import run
+from rewriter.energy import EnergyReport, energy_report
+from tests.by_hand import Encoder
+
+WIDE = (64, 128, 320, 512)
+SIZES: dict[str, dict[str, Any]] = {
+    "B0": {},
+    "B1": {"hidden_sizes": WIDE},
+    "B2": {"hidden_sizes": WIDE, "depths": (3, 4, 6, 3)},
+}
+# Liu et al. 2022, with the released counter: multiplications, additions, millijoules.
+PUBLISHED = {
+    ("B0", ""): (571_428_224, 571_428_224, 2.6286),
+    ("B0", "msa"): (2_015_865_904, 1_993_315_712, 9.2527),
+    ("B1", "msa"): (5_019_124_144, 4_996_573_952, 23.0677),
+    ("B2", "msa"): (8_640_611_832, 8_604_980_992, 39.7147),
+}
+
+
+def pvt(**config: Any) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A PVT v2 with weights of zero: counting reads none."""
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+    side = config.get("image_size", 224)
+    with torch.device("meta"):
+        model = PvtV2ForImageClassification(PvtV2Config(num_labels=1000, **config))
+    model = model.to_empty(device="cpu").eval()
+    return model, {"pixel_values": torch.zeros(1, 3, side, side)}
+
+
+def report(model: nn.Module, inputs: Any, form: str) -> EnergyReport:
+    traced, found = find_sites(model, inputs)
+    plan = plan_by_rules(found.sites, {"*": form}) if form else Plan({})
+    return energy_report(traced, plan)
+
+
+@pytest.mark.parametrize(("size", "form"), PUBLISHED)
+def test_published_totals_to_the_digit(size: str, form: str) -> None:
+    cost = report(*pvt(**SIZES[size]), form).after
+    mul, add, energy = PUBLISHED[size, form]
+    assert (cost.ops.total("mul"), cost.ops.total("add")) == (mul, add)
+    assert f"{cost.energy_mj:.4f}" == f"{energy:.4f}"
+
+
+def pvt_by_hand(side: int, config: PvtV2Config, reduce: bool) -> tuple[int, int]:
+    """(multiplications, additions) by the rule, from the sizes alone."""
+    shared, scale, last = 0, 0, config.num_channels
+    for i, c in enumerate(config.hidden_sizes):
+        side //= config.strides[i]
+        n, k = side * side, config.patch_sizes[i]
+        shared += n * (k * k * last * c + c) + 2 * n * c  # embedding and its norm
+        for _ in range(config.depths[i]):
+            m, ratio, wide = n, config.sr_ratios[i], int(config.mlp_ratios[i] * c)
+            shared += 4 * n * c
+            if reduce and ratio > 1:
+                m = (side // ratio) ** 2
+                shared += m * (ratio * ratio * c * c + c) + 2 * m * c
+            shared += 2 * n * c * c + 2 * m * c * c + 2 * n * m * c
+            shared += 2 * n * c * wide + n * 10 * wide
+            scale += config.num_attention_heads[i] * n * m
+        shared, last = shared + 2 * n * c, c
+    shared += last * config.num_labels
+    return shared + (0 if reduce else scale), shared
+
+
+@pytest.mark.parametrize("form", ["", "msa"])
+def test_other_sizes_of_pvt(form: str) -> None:
+    config = {
+        "image_size": 256,
+        "hidden_sizes": (24, 48, 72, 96),
+        "num_attention_heads": (1, 2, 3, 4),
+        "depths": (1, 2, 1, 1),
+        "mlp_ratios": (4, 3, 2, 4),
+    }
+    model, inputs = pvt(**config)
+    cost = report(model, inputs, form).after
+    wanted = pvt_by_hand(256, model.config, reduce=not form)
+    assert (cost.ops.total("mul"), cost.ops.total("add")) == wanted
+
+
+def test_bert_by_the_rule() -> None:
+    n, c, wide, heads, layers = 20, 32, 64, 4, 2
+    config = BertConfig(
+        vocab_size=100, hidden_size=c, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=wide,
+    )  # fmt: skip
+    model = BertModel(config, add_pooling_layer=False).eval()
+    cost = report(model, {"input_ids": torch.ones(1, n, dtype=torch.long)}, "").after
+    macs = layers * (4 * n * c * c + 2 * n * c * wide + 2 * n * n * c + 4 * n * c) + 2 * n * c
+    assert cost.ops.total("add") == macs
+    assert cost.ops.total("mul") == macs + layers * heads * n * n  # the scale
+
+
+def test_layers_add_up_and_say_what_changed() -> None:
+    data = report(*pvt(depths=(1, 1, 1, 1), image_size=64), "msa").to_json()
+    for side in ("before", "after"):
+        for kind in ("mul", "add", "energy_mj"):
+            parts = [layer[side][kind] for layer in data["layers"] if layer[side]]
+            assert sum(parts) == pytest.approx(data[side][kind], rel=1e-12)
+    changed = {x["name"].split(".")[-1] for x in data["layers"] if x["before"] != x["after"]}
+    assert changed == {"attention#0", "spatial_reduction", "layer_norm", "key", "value"}
+    gone = [x for x in data["layers"] if x["after"] is None]
+    assert {x["kind"] for x in gone} == {"conv", "norm"}
+
+
+def test_other_forms_are_priced_by_their_own_counts() -> None:
+    model = Encoder().eval()
+    found = report(model, {"x": torch.randn(1, 40, 16)}, "elu")
+    assert found.after.ops.total("mul") < found.before.ops.total("mul")
+    assert set(found.unpriced) >= {"exp:float32", "div:float32"}
+
+
+def test_an_unknown_energy_model_is_refused() -> None:
+    traced, _ = find_sites(Encoder().eval(), {"x": torch.randn(1, 4, 16)})
+    with pytest.raises(UnknownName, match="energy model 'counts'; did you mean count"):
+        energy_report(traced, Plan({}), model="counts")
+
+
+def small_pvt() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A factory for the command line."""
+    return pvt(depths=(1, 1, 1, 1), image_size=64)
+
+
+def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, picture = tmp_path / "e.html", tmp_path / "e.png"
+    spec = "tests.test_energy:small_pvt"
+    assert run(["energy", spec, "--form", "msa", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    for side in ("before", "after"):
+        assert set(data[side]) == {"mul", "add", "shift", "popcount", "energy_mj"}
+        assert all(isinstance(data[side][k], int) for k in ("mul", "add", "shift", "popcount"))
+    assert data["after"]["mul"] > data["before"]["mul"]
+    argv = ["energy", spec, "--form", "msa", "--html", str(page), "--png", str(picture)]
+    assert run(argv) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "more energy" in shown
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    assert text.count("<tr") == len(data["layers"]) + 2
+    assert "<svg" in text
+    assert "http" not in text.split("<svg")[0]
+
+
+def test_without_a_form_nothing_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["energy", "tests.test_energy:small_pvt", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["before"] == data["after"]
