@@ -15,6 +15,7 @@ from tvm import relax
 from codegen.kernels import attention, feature_maps, linear_attention
 from codegen.kernels.attention import AttentionFacts, attributes
 from codegen.kernels.views import VIEWS, Layout
+from codegen.kit_maps import MapKernels
 from codegen.strides import view_of
 from codegen.target import Target
 from passes.errors import LoweringError
@@ -22,7 +23,7 @@ from passes.errors import LoweringError
 _DTYPES = ("float32", "float16")
 
 
-class Kit:
+class Kit(MapKernels):
     """Kernels at hand, written into `builder` for `target`."""
 
     def __init__(self, builder: Any, target: Target) -> None:
