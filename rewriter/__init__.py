@@ -11,6 +11,7 @@ _DOORS = {
     "rewrite": "rewriter.api",
     "compile": "rewriter.api",
     "load": "rewriter.api",
+    "fine_tune": "rewriter.api",
     "tune": "rewriter.api",
     "Result": "rewriter.api",
     "Plan": "passes.plan",

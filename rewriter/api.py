@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from passes.form import Form
     from passes.substitute import Rewritten
     from passes.traced import Traced
+    from rewriter.fine_tune import FineTuned
     from rewriter.fit import FitReport
     from rewriter.report import RewriteReport
     from rewriter.session import TuningSession
@@ -43,6 +44,7 @@ class Result:
     report: RewriteReport
     fitted: FitReport | None = None
     held_out: Sequence[Mapping[str, torch.Tensor]] = ()
+    tuned: FineTuned | None = None
 
     @property
     def model(self) -> torch.fx.GraphModule:
@@ -189,6 +191,40 @@ def fit_result(
     )
     result.plan = result.rewritten.plan
     result.report = result.report.with_fit(result.fitted, result.plan)
+
+
+def fine_tune(
+    result: Result,
+    data: Sequence[Mapping[str, torch.Tensor]],
+    loss: Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor],
+    *,
+    seconds: float,
+    **options: Any,
+) -> FineTuned:
+    """Train the rewritten model on a loss of your own; completes `result.report`.
+
+    Args:
+        result: of `rewrite`, traced with a batch axis that fits `data` (``dynamic_shapes="auto"``).
+        data: dicts of tensors: the model's inputs by name, and whatever else `loss` reads.
+        loss: ``loss(outputs, batch) -> scalar tensor``.
+        seconds: wall-clock budget.
+        options: `validation`, `rates`, `state_dir`, `seed`, `progress` of
+            `rewriter.fine_tune.fine_tune`, which holds the loop.
+
+    Raises:
+        UsageError, FitError.
+    """
+    from rewriter.fine_tune import fine_tune as train
+    from rewriter.pipeline import measure_fidelity
+
+    done = train(result.rewritten, data, loss, seconds=seconds, **options)
+    result.tuned = done
+    report = result.report.with_fidelity(measure_fidelity(result))
+    result.report = report.with_notes(
+        f"Fine-tuned on labelled data: validation loss {done.loss_before:.4g} -> "
+        f"{done.loss_after:.4g} in {done.steps} steps; likeness to the original was not aimed at."
+    )
+    return done
 
 
 def compile(

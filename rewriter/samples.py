@@ -49,6 +49,12 @@ def samples_for(
     )
 
 
+def labelled(loaded: LoadedModel, data: Path, *, dynamic: bool) -> tuple[Batches, Batches]:
+    """(batches to train on, batches to validate on) from an .npz of inputs and labels."""
+    batch, _ = _sizes(loaded, dynamic)
+    return _split(_from_npz(data, loaded, 32 if dynamic else batch, labels=True))
+
+
 def few_held_out(loaded: LoadedModel) -> Batches:
     """Some real sentences at the example input's own sizes; [] for a model without a tokenizer."""
     if loaded.tokenizer_path is None:
@@ -100,7 +106,7 @@ def _tokenised(
     return [dict(b) for b in made]
 
 
-def _from_npz(path: Path, loaded: LoadedModel, batch: int) -> Batches:
+def _from_npz(path: Path, loaded: LoadedModel, batch: int, *, labels: bool = False) -> Batches:
     import torch
 
     from rewriter.arrays import read_arrays
@@ -115,10 +121,15 @@ def _from_npz(path: Path, loaded: LoadedModel, batch: int) -> Batches:
             f"--data {path}: needs at least {batch * 2} samples of every input, all of one number"
         )
     tensors = {n: _as(torch.from_numpy(arrays[n]), e) for n, e in loaded.example_inputs.items()}
-    total = min(counts)
+    for name in sorted(set(arrays) - set(tensors)) if labels else ():
+        if arrays[name].ndim == 0 or len(arrays[name]) != min(counts):
+            raise FitError(
+                f"--data {path}: {name} must have {min(counts)} rows, as the inputs have"
+            )
+        tensors[name] = torch.from_numpy(arrays[name])
     return [
         {n: t[i : i + batch] for n, t in tensors.items()}
-        for i in range(0, total - batch + 1, batch)
+        for i in range(0, min(counts) - batch + 1, batch)
     ]
 
 

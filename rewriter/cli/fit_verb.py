@@ -18,6 +18,16 @@ State = Annotated[
     Path | None, typer.Option("--state", help="Folder a killed fit goes on from (default: -o's).")
 ]
 
+Loss = Annotated[
+    str | None,
+    typer.Option(
+        "--loss",
+        metavar="MODULE:FUNCTION",
+        help="Then fine-tune on loss(outputs, batch); labels are further arrays of --data.",
+    ),
+]
+LossSeconds = Annotated[float, typer.Option(help="Time budget of the fine-tuning.")]
+
 
 def verb(
     model: o.Model,
@@ -30,6 +40,8 @@ def verb(
     data: o.Data = None,
     max_drop: o.MaxDrop = None,
     state: State = None,
+    loss: Loss = None,
+    loss_seconds: LossSeconds = 120.0,
     tokens: o.Tokens = None,
     batch: o.Batch = 1,
     image: o.Image = None,
@@ -38,16 +50,20 @@ def verb(
 ) -> None:
     """Substitute and fit, without labels, within a time budget; resumes after a kill.
 
+    With --loss the fitted model is then fine-tuned on labelled data.
+
     Example: rewriter fit minilm --form hedgehog --seconds 240 -o fitted/
     """
     import shutil
 
+    from rewriter.cli.labelled import named_loss, tune_labelled
     from rewriter.cli.work import check_budget, fit_model
     from rewriter.folder import FILES, save_rewritten
     from rewriter.outputs import check_folder
 
-    check_budget("--seconds", seconds, max_drop, least=0 if max_drop is not None else 1)
+    check_budget("--seconds", seconds, max_drop, least=0 if max_drop is not None or loss else 1)
     check_folder(output, FILES, "--output")
+    chosen_loss = named_loss(loss, data, loss_seconds)
     loaded = o.open_model(model, tokens, batch, image, attn)
     kept = state or output.with_name(output.name + ".state")
     result = fit_model(
@@ -61,9 +77,12 @@ def verb(
         max_drop=max_drop,
         state=kept,
     )
+    if chosen_loss is not None:
+        tune_labelled(loaded, result, data, chosen_loss, loss_seconds, kept)
     save_rewritten(result, output)
     if state is None:
-        shutil.rmtree(kept, ignore_errors=True)
+        for folder in (kept, kept.with_name(f"{kept.name}-labelled")):
+            shutil.rmtree(folder, ignore_errors=True)
     if json:
         print_json(result.report.to_json())
         return

@@ -87,6 +87,8 @@ def fit_model(
         raise NothingRewritten(why_nothing(found, made))
     fit_on, held_out = samples_for(loaded, data, dynamic=bool(traced.dynamic))
     result = apply_plan(traced, found, made, loaded.name, held_out)
+    if not seconds and max_drop is None:
+        return result
     with progress_bar("fit") as progress:
         try:
             fit_result(
