@@ -12,10 +12,13 @@ from typing import Any
 
 from tvm import relax
 
-from codegen.kernels import attention, feature_maps, linear_attention
+from codegen.kernels import attention, feature_maps, fused_linear, linear_attention
 from codegen.kernels.attention import AttentionFacts, attributes
+from codegen.kernels.fused_linear import FusedFacts
 from codegen.kernels.views import VIEWS, Layout
+from codegen.kit_hash import HashKernels
 from codegen.kit_maps import MapKernels
+from codegen.producers import Features, features_of_both
 from codegen.strides import view_of
 from codegen.target import Target
 from passes.errors import LoweringError
@@ -23,7 +26,7 @@ from passes.errors import LoweringError
 _DTYPES = ("float32", "float16")
 
 
-class Kit(MapKernels):
+class Kit(HashKernels, MapKernels):
     """Kernels at hand, written into `builder` for `target`."""
 
     def __init__(self, builder: Any, target: Target) -> None:
@@ -117,6 +120,10 @@ class Kit(MapKernels):
         `causal` query i sees keys j <= i + S - T. A query that sees no key gives 0.
         """
         fq, fk, v = self._data(fq=fq, fk=fk, v=v)
+        if self.target.kind != "gpu":
+            made = features_of_both(self.builder, fq, fk)
+            if made is not None:
+                return self._fused(*made, v, key_mask, causal, float(eps))
         args = [fq, fk, v] + ([] if key_mask is None else [self.builder.normalize(key_mask)])
         facts = {"eps": float(eps), "causal": causal}
         if causal:
@@ -127,17 +134,47 @@ class Kit(MapKernels):
 
         return self._te(define, args, "linear_attention", "linear_attention", facts)
 
+    def _fused(
+        self, q: Features, k: Features, v: Any, key_mask: Any, causal: bool, eps: float
+    ) -> Any:
+        """Linear attention from q, k and v themselves, in one kernel."""
+        scales = (q.scale, k.scale)
+        facts = FusedFacts(q.map, eps, causal, scales, key_mask is not None)
+        params, layout = self._layout(q.x, k.x, v)
+        assert layout is not None
+        rest = [self.builder.normalize(x) for x in (q.w, k.w, key_mask) if x is not None]
+        name, known = "linear_attention_fused", {**facts.to_json(), VIEWS: layout.to_json()}
+
+        def define(*args: Any) -> Any:
+            tensors, others = layout.split(args)
+            first = layout.tokens_first
+            return fused_linear.define(facts, *tensors, *others, tokens_first=first)
+
+        args, shape = [*params, *rest], (*_shape(q.x)[:3], _shape(v)[3])
+        if not causal:
+            return self._heads_first(self._te(define, args, name, name, known), layout, shape)
+        func = fused_linear.causal(facts, layout, [(_shape(x), _dtype(x)) for x in args])
+        b, h, t, e = shape
+        out = (b, t, h * e) if layout.tokens_first else shape
+        return self._heads_first(self._call(func, args, name, known, out), layout, shape)
+
+    def _call(
+        self, func: Any, args: list[Any], rule: str, facts: dict[str, Any], shape: tuple[int, ...]
+    ) -> Any:
+        """A call of a ready PrimFunc whose one output has this shape and the first input's type."""
+        func = func.without_attr("global_symbol")
+        for key, value in attributes(rule, facts).items():
+            func = func.with_attr(key, value)
+        name = self.builder.add_func(func, f"{rule}_causal")
+        out = relax.TensorType(shape, _dtype(args[0]))
+        return self.builder.emit(relax.call_tir(name, args, out))
+
     def _causal(self, args: list[Any], eps: float, facts: dict[str, Any]) -> Any:
         fq, fk, v = (_shape(x) for x in args[:3])
         dtype = _dtype(args[0])
         rows = _shape(args[3])[0] if len(args) == 4 else 0
         func = linear_attention.causal(eps, fq, fk, v, rows, dtype=dtype)
-        func = func.without_attr("global_symbol")
-        for key, value in attributes("linear_attention", facts).items():
-            func = func.with_attr(key, value)
-        name = self.builder.add_func(func, "linear_attention_causal")
-        out = relax.TensorType((*fq[:3], v[3]), dtype)
-        return self.builder.emit(relax.call_tir(name, args, out))
+        return self._call(func, args, "linear_attention", facts, (*fq[:3], v[3]))
 
     def _te(self, define: Any, args: list[Any], name: str, rule: str, facts: dict[str, Any]) -> Any:
         return self.builder.emit(

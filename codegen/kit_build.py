@@ -75,7 +75,8 @@ def build_form(
             )
             result = builder.emit_output(out)
         builder.emit_func_output(result)
-    return _finish(builder.get(), target)
+    # Producers that the kit fused into their readers are left over.
+    return _finish(relax.transform.DeadCodeElimination()(builder.get()), target)
 
 
 def _finish(mod: Any, target: Target) -> BuiltForm:

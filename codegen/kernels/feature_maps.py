@@ -13,8 +13,8 @@ from codegen.kernels.attention import wide
 from codegen.kernels.vector_math import f32
 
 
-def project(scale: float, x: Any, w: Any) -> Any:
-    """x [B, H, T, D] times w [H, D, R] times scale: [B, H, T, R]."""
+def project(scale: float, x: Any, w: Any, result: str = "") -> Any:
+    """x [B, H, T, D] times w [H, D, R] times scale: [B, H, T, R] in x's dtype, or in `result`."""
     b_, h_, t_, d_ = (int(n) for n in x.shape)
     d = te.reduce_axis((0, d_), name="d")
     dtype, shape = str(x.dtype), (b_, h_, t_, int(w.shape[2]))
@@ -28,7 +28,7 @@ def project(scale: float, x: Any, w: Any) -> Any:
     factor = f32(scale)
     return te.compute(
         shape,
-        lambda *i: (y(*i) * factor if scale != 1.0 else y(*i)).astype(dtype),
+        lambda *i: (y(*i) * factor if scale != 1.0 else y(*i)).astype(result or dtype),
         name="proj_out",
     )
 
@@ -56,12 +56,12 @@ def softmax_pair(y: Any) -> Any:
     )
 
 
-def elu1(x: Any) -> Any:
-    """elu(x) + 1 = max(x, 0) + exp(min(x, 0)) of every element."""
+def elu1(x: Any, result: str = "") -> Any:
+    """elu(x) + 1 = max(x, 0) + exp(min(x, 0)) of every element, in x's dtype or in `result`."""
     dtype, zero = str(x.dtype), f32(0.0)
 
     def value(*i: Any) -> Any:
         y = wide(x(*i), dtype)
-        return (tirx.max(y, zero) + tirx.exp(tirx.min(y, zero))).astype(dtype)
+        return (tirx.max(y, zero) + tirx.exp(tirx.min(y, zero))).astype(result or dtype)
 
     return te.compute(x.shape, value, name="elu1")

@@ -12,25 +12,30 @@ from tvm import te, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from codegen.kernels.attention import wide
+from codegen.kernels.attention import arranged, wide
 from codegen.kernels.tiles import load, store
 from codegen.kernels.vector_math import f32
 
 CHUNK = 64
 
 
-def define(eps: float, fq: Any, fk: Any, v: Any, key_mask: Any = None) -> Any:
-    """Bidirectional: fq [B, H, T, R], fk [B, G, S, R], v [B, G, S, E], mask [B or 1, S] bool."""
+def define(
+    eps: float, fq: Any, fk: Any, v: Any, key_mask: Any = None, *, tokens_first: bool = False
+) -> Any:
+    """Bidirectional: fq [B, H, T, R], fk [B, G, S, R], v [B, G, S, E], mask [B or 1, S] bool.
+
+    The result [B, H, T, E] (or [B, T, H * E] with `tokens_first`) has v's dtype.
+    """
     b_, h_, t_, r_ = (int(n) for n in fq.shape)
     g_, s_, e_ = int(fk.shape[1]), int(fk.shape[2]), int(v.shape[3])
-    group, dtype = h_ // g_, str(fq.dtype)
+    group, dtype, known = h_ // g_, str(v.dtype), str(fk.dtype)
     keys = fk
     if key_mask is not None:
         one = int(key_mask.shape[0]) == 1
         keys = te.compute(
             fk.shape,
             lambda b, g, j, r: (
-                wide(fk[b, g, j, r], dtype) * tirx.Cast("float32", key_mask[0 if one else b, j])
+                wide(fk[b, g, j, r], known) * tirx.Cast("float32", key_mask[0 if one else b, j])
             ),
             name="lin_keys",
         )
@@ -52,20 +57,21 @@ def define(eps: float, fq: Any, fk: Any, v: Any, key_mask: Any = None) -> Any:
     top = te.compute(
         (b_, h_, t_, e_),
         lambda b, h, i, e: te.sum(
-            wide(fq[b, h, i, r0], dtype) * state[b, h // group, r0, e], axis=r0
+            wide(fq[b, h, i, r0], known) * state[b, h // group, r0, e], axis=r0
         ),
         name="lin_read",
     )
     bottom = te.compute(
         (b_, h_, t_),
-        lambda b, h, i: te.sum(wide(fq[b, h, i, r1], dtype) * z[b, h // group, r1], axis=r1),
+        lambda b, h, i: te.sum(wide(fq[b, h, i, r1], known) * z[b, h // group, r1], axis=r1),
         name="lin_weight",
     )
     safe = te.compute((b_, h_, t_), lambda *i: tirx.max(bottom(*i), f32(eps)), name="lin_safe")
-    return te.compute(
+    return arranged(
         (b_, h_, t_, e_),
         lambda b, h, i, e: (top[b, h, i, e] / safe[b, h, i]).astype(dtype),
-        name="lin_out",
+        "lin_out",
+        tokens_first,
     )
 
 
@@ -86,8 +92,13 @@ def causal(
         m_ = T.arg("mask", T.buffer([mask_rows, fk[2]], "bool")) if mask_rows else None
         out = T.arg("out", T.buffer([*fq[:3], v[3]], dtype))
         T.func_attr({"tirx.noalias": True})
-        _Causal(eps, q_, k_, v_, m_, out).write()
+        write_causal(eps, q_, k_, v_, m_, out)
     return ib.get()
+
+
+def write_causal(eps: float, q: Any, k: Any, v: Any, mask: Any, out: Any) -> None:
+    """Emit the causal definition for features q and k into the PrimFunc being built."""
+    _Causal(eps, q, k, v, mask, out).write()
 
 
 class _Causal:

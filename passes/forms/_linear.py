@@ -239,6 +239,19 @@ def elu1_ops(values: int, site: AttentionSite) -> OpCount:
     )
 
 
+def fused(count: OpCount, site: AttentionSite, weights: int = 0) -> OpCount:
+    """The operations of `count` in one kernel, which keeps features out of memory.
+
+    Read are q, k, v, `weights` values of parameters and the key mask; written is the output. (The
+    kernels for GPUs are not fused: there features are written and read again.)
+    """
+    b, h, g, t, s, d, e = sizes(site)
+    values = b * h * t * d + b * g * s * (d + e) + weights
+    mask = b * s if site.mask.padding else 0
+    size = item_bytes(site)
+    return OpCount(count.ops, values * size + mask, b * h * t * e * size)
+
+
 def linear_attention_ops(site: AttentionSite, r: int) -> OpCount:
     """The sums of linear attention with r features (`linear_attention` above).
 

@@ -12,6 +12,7 @@ from passes.form import Form, FormSpec, Paper, Params, Verdict
 from passes.forms._linear import (
     accumulate_dtype,
     elu1_ops,
+    fused,
     linear_attention,
     linear_attention_ops,
     linear_verdict,
@@ -75,7 +76,7 @@ class Elu(Form):
         """Feature maps of q and k, then linear attention with D features."""
         b, h, g, t, s, d, _ = sizes(site)
         maps = elu1_ops(b * h * t * d, site) + elu1_ops(b * g * s * d, site)
-        return maps + linear_attention_ops(site, d)
+        return fused(maps + linear_attention_ops(site, d), site)
 
     def kernel(
         self,

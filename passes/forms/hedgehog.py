@@ -13,6 +13,7 @@ from passes.errors import UsageError
 from passes.form import Form, FormConfig, FormSpec, Paper, Params, Verdict
 from passes.forms._linear import (
     accumulate_dtype,
+    fused,
     linear_attention,
     linear_attention_ops,
     linear_verdict,
@@ -115,7 +116,7 @@ class Hedgehog(Form):
         for rows, heads in ((b * h * t, h), (b * g * s, g)):
             total += project_ops(rows, heads, d, r, scaled=scaled, site=site)
             total += softmax_pair_ops(rows, r, site)
-        return total
+        return fused(total, site, (h + g) * d * r)
 
     def kernel(
         self,

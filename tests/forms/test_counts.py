@@ -129,8 +129,16 @@ def test_bytes_of_exact_by_hand() -> None:
 def test_bytes_of_elu_by_hand() -> None:
     count = form_named("elu").ops(site(B=1, H=2, G=1, T=3, S=5, D=8, E=6))
     q, k, v, out = 2 * 3 * 8, 5 * 8, 5 * 6, 2 * 3 * 6
-    assert count.bytes_read == 4 * (2 * (q + k) + v)  # the features are written and read again
-    assert count.bytes_written == 4 * (q + k + out)
+    assert count.bytes_read == 4 * (q + k + v)  # features stay out of memory
+    assert count.bytes_written == 4 * out
+
+
+def test_bytes_of_hedgehog_by_hand() -> None:
+    form = form_named("hedgehog", {"feature_dim": 7})
+    count = form.ops(site(B=1, H=2, G=1, T=3, S=5, D=8, E=6, padding=True))
+    q, k, v, out, weights = 2 * 3 * 8, 5 * 8, 5 * 6, 2 * 3 * 6, (2 + 1) * 8 * 7
+    assert count.bytes_read == 4 * (q + k + v + weights) + 5
+    assert count.bytes_written == 4 * out
 
 
 def test_linear_forms_grow_linearly_and_exact_quadratically() -> None:

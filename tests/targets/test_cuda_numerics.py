@@ -16,7 +16,7 @@ from codegen.target import Target
 from tests.targets import cuda_models
 from tests.targets.cuda_models import FORMS, MODELS, TARGET
 from tests.targets.gpu_loops import as_loops, module_as_loops
-from tests.targets.kit_tools import Case, trial
+from tests.targets.kit_tools import Case, trial, with_target
 from tests.targets.lowering import lowered, run
 
 CASES = [
@@ -40,7 +40,8 @@ def _serial(func: Any, target: Target) -> Outcome:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_kernels(form: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    t = trial(form, case, np.random.default_rng())
+    # A GPU's kernels, which are then compiled as loops for the processor.
+    t = with_target(trial(form, case, np.random.default_rng()), kind="gpu")
     verdict = t.form.applies(case.site)
     if not verdict:
         pytest.skip(f"{form} refuses: {verdict}")

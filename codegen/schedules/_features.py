@@ -1,0 +1,230 @@
+"""Feature maps written into a block of features that stays in the cache (for fused kernels).
+
+A block holds one row of `width` features for each token, padded to whole vectors; features that
+only fill up a vector are zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from codegen.kernels.attention import MINIMUM
+from codegen.kernels.tiles import (
+    ROWS,
+    fill,
+    fold,
+    imin,
+    load,
+    panels,
+    reduce_row,
+    scratch,
+    tile,
+    up,
+    vectors,
+)
+from codegen.kernels.vector_math import _EXP5, _SHIFT, at_least, at_most, f32, vexp_nonpositive
+
+Seen = Callable[[Any], Any]
+_LOG2E = math.log2(math.e)
+# 2^r for |r| <= 1/2: even and odd powers, highest first.
+_POWERS = [c * math.log(2) ** (5 - n) for n, c in enumerate(_EXP5)]
+_ODD, _EVEN = _POWERS[0::2], _POWERS[1::2]
+_SAFE = 2.0**100  # sums up to this one hold exponentials of numbers within 100 of zero
+_CLAMP = 126.0
+
+
+class Rows:
+    """The features of x [B, H, T, D], `rows` tokens at a time."""
+
+    width: int  # features of a token, padded
+
+    def __init__(self, x: Any, lanes: int) -> None:
+        self.x, self.lanes = x, lanes
+        self.B, self.H, self.T, self.D = (int(n) for n in x.shape)
+        self.rows = min(ROWS, self.T)
+        self.ragged = self.T % self.rows != 0  # whether a tile may reach beyond the last token
+
+    def pack(self) -> None:
+        """Emit what is done once, before any block."""
+
+    def block(self, b: Any, h: Any, first: Any, tiles: Any, out: Any, seen: Seen | None) -> None:
+        """out[i, :] = the features of token first + i, i < tiles * rows.
+
+        `seen(token)`: whether the token counts; its features are zero if not. Without it tokens
+        after the last repeat it.
+        """
+        raise NotImplementedError
+
+    def token(self, i: Any) -> Any:
+        """A token that exists."""
+        return imin(i, self.T - 1) if self.ragged else i
+
+
+class Elu(Rows):
+    """elu(x) + 1."""
+
+    def __init__(self, x: Any, lanes: int) -> None:
+        super().__init__(x, lanes)
+        self.width = up(self.D, max(lanes, ROWS))
+
+    def block(self, b: Any, h: Any, first: Any, tiles: Any, out: Any, seen: Seen | None) -> None:
+        """See `Rows`."""
+        with T.serial(0, tiles * self.rows) as i:
+            token = first + i
+
+            def put(d: Any) -> None:
+                y = load(self.x, b, h, self.token(token), d)
+                value = at_least(y, 0.0) + vexp_nonpositive(at_most(y, 0.0))
+                if seen is not None:
+                    value = tirx.Select(seen(token), value, f32(0.0))
+                T.buffer_store(out, value, [i, d])
+
+            vectors(self.D, self.lanes, put)
+            if self.width > self.D:
+                with T.serial(self.D, self.width) as d:
+                    T.buffer_store(out, f32(0.0), [i, d])
+
+
+class Pair(Rows):
+    """[softmax(y), softmax(-y)] of y = scale x w, each half padded to whole vectors.
+
+    Both exponentials come from one range reduction: y log2(e) = n + r gives 2^n p(r) and
+    2^-n p(-r), and p(-r) shares its powers with p(r). No extreme is subtracted as long as every
+    number is within 100 of zero, which shows in the sums; a row for which that fails is done
+    again with its extremes.
+    """
+
+    def __init__(self, x: Any, w: Any, scale: float, lanes: int) -> None:
+        super().__init__(x, lanes)
+        self.w, self.scale, self.R = w, scale, int(w.shape[2])
+        self.half = up(self.R, max(lanes, ROWS))
+        self.width = 2 * self.half
+
+    def pack(self) -> None:
+        """Columns of w scale log2(e) in panels of two vectors; columns after the last are zero."""
+        self.columns = panels(self.half, self.lanes)
+        self.wp = scratch(self.H, len(self.columns), self.D, 2 * self.lanes)
+        factor = self.scale * _LOG2E
+        with T.parallel(0, self.H * self.D) as n:
+            h, d = n // self.D, n % self.D
+            for at, (r0, width) in enumerate(self.columns):
+                whole = max(min(width, self.R - r0), 0)
+
+                def put(r: Any, at: int = at, r0: int = r0) -> None:
+                    value = load(self.w, h, d, r0 + r) * f32(factor)
+                    T.buffer_store(self.wp, value, [h, at, d, r])
+
+                vectors(whole, self.lanes, put)
+                if whole < width:
+                    with T.serial(whole, width) as r:
+                        T.buffer_store(self.wp, f32(0.0), [h, at, d, r])
+
+    def block(self, b: Any, h: Any, first: Any, tiles: Any, out: Any, seen: Seen | None) -> None:
+        """See `Rows`."""
+        with T.serial(0, tiles) as t:
+            z = scratch(self.rows, self.half)
+            row = t * self.rows
+            for at, (r0, width) in enumerate(self.columns):
+                tile(
+                    lambda i, d: load(self.x, b, h, self.token(first + row + i), d),
+                    lambda d, r, at=at: self.wp[h, at, d, r],  # type: ignore[misc]
+                    self.D,
+                    lambda i, r, s, r0=r0: T.buffer_store(z, s, [i, r0 + r]),  # type: ignore[misc]
+                    rows=self.rows,
+                    width=width,
+                )
+            with T.serial(0, self.rows) as i:
+                self._row(z, i, out, row + i, None if seen is None else seen(first + row + i))
+
+    def _row(self, z: Any, i: Any, out: Any, at: Any, seen: Any) -> None:
+        total = scratch(1, 2)
+        plus, minus = scratch(1, self.lanes), scratch(1, self.lanes)
+        fill(plus, 1, self.lanes)
+        fill(minus, 1, self.lanes)
+        for o in range(self.half // self.lanes):
+            with T.vectorized(0, self.lanes) as x:
+                j = o * self.lanes + x
+                high, low = _both(z[i, j])
+                T.buffer_store(out, self._real(o, x, high), [at, j])
+                T.buffer_store(out, self._real(o, x, low), [at, self.half + j])
+            with T.vectorized(0, self.lanes) as x:
+                j = o * self.lanes + x
+                T.buffer_store(plus, plus[0, x] + out[at, j], [0, x])
+                T.buffer_store(minus, minus[0, x] + out[at, self.half + j], [0, x])
+        add = lambda a, b: a + b  # noqa: E731
+        T.buffer_store(total, fold(plus, self.lanes, add), [0, 0])
+        T.buffer_store(total, fold(minus, self.lanes, add), [0, 1])
+        # NaN must not count as large: it is kept either way.
+        with T.If(tirx.any(total[0, 0] > f32(_SAFE), total[0, 1] > f32(_SAFE))), T.Then():
+            self._by_extremes(z, i, out, at, total)
+        for side in (0, 1):
+            scale = f32(1.0) / total[0, side]
+            if seen is not None:
+                scale = tirx.Select(seen, scale, f32(0.0))
+            T.buffer_store(total, scale, [0, side])
+        for side in (0, 1):
+            for o in range(self.half // self.lanes):
+                with T.vectorized(0, self.lanes) as x:
+                    j = side * self.half + o * self.lanes + x
+                    value = out[at, j] * total[0, side]
+                    if seen is not None:  # also where the feature is NaN
+                        value = tirx.Select(seen, value, f32(0.0))
+                    T.buffer_store(out, value, [at, j])
+
+    def _real(self, o: int, x: Any, value: Any) -> Any:
+        """Zero where a lane of vector o is padding."""
+        if (o + 1) * self.lanes <= self.R:
+            return value
+        return tirx.Select(o * self.lanes + x < self.R, value, f32(0.0))
+
+    def _by_extremes(self, z: Any, i: Any, out: Any, at: Any, total: Any) -> None:
+        """Unnormalised exponentials and sums of one row, for numbers of any size."""
+        for side, op, first in ((0, tirx.max, MINIMUM), (1, tirx.min, -MINIMUM)):
+            edge = scratch(1, 1)
+            peak = reduce_row(self.R, self.lanes, lambda j: z[i, j], op, first)
+            T.buffer_store(edge, peak, [0, 0])
+            start = side * self.half
+
+            def put(j: Any, side: int = side, start: int = start, edge: Any = edge) -> None:
+                below = edge[0, 0] - z[i, j] if side else z[i, j] - edge[0, 0]
+                T.buffer_store(out, _power(below), [at, start + j])
+
+            vectors(self.R, self.lanes, put)
+            value = lambda j, start=start: out[at, start + j]  # noqa: E731
+            z_sum = reduce_row(self.R, self.lanes, value, lambda a, b: a + b, 0.0)
+            T.buffer_store(total, z_sum, [0, side])
+
+
+def _horner(x: Any, coefficients: list[float]) -> Any:
+    y = f32(coefficients[0])
+    for c in coefficients[1:]:
+        y = y * x + f32(c)
+    return y
+
+
+def _parts(z: Any) -> tuple[Any, Any]:
+    """(the bits of 2^n, r) with z = n + r, |r| <= 1/2, |z| < 2^22."""
+    # As an integer in between, or TVM's simplifier would cancel adding and subtracting the shift.
+    t = tirx.reinterpret("int32", z + f32(_SHIFT))
+    r = z - (tirx.reinterpret("float32", t) - f32(_SHIFT))
+    return t << tirx.const(23, "int32"), r
+
+
+def _both(z: Any) -> tuple[Any, Any]:
+    """2^z and 2^-z for |z| <= 126 (clamped to it)."""
+    bits, r = _parts(at_most(at_least(z, -_CLAMP), _CLAMP))
+    even, odd = _horner(r * r, _EVEN), r * _horner(r * r, _ODD)
+    other = tirx.const(254 << 23, "int32") - bits
+    power = tirx.reinterpret("float32", bits)
+    return (even + odd) * power, (even - odd) * tirx.reinterpret("float32", other)
+
+
+def _power(z: Any) -> Any:
+    """2^z for z <= 0; 0 below -127."""
+    bits, r = _parts(at_least(z, -127.0))
+    return (_horner(r * r, _EVEN) + r * _horner(r * r, _ODD)) * tirx.reinterpret("float32", bits)
