@@ -32,6 +32,11 @@ class MapKernels:
         """A float32 constant of the module."""
         return self.builder.emit(relax.const(np.asarray(values, dtype="float32")))
 
+    def tokens(self, x: Any) -> int:
+        """The number of tokens of x [B, H, T, D]."""
+        (x,) = self._data(x=x)
+        return _sizes(x)[2]
+
     def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
         """The same values in another shape; moves nothing."""
         return self.builder.emit(relax.op.reshape(x, shape))

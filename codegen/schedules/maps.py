@@ -13,7 +13,7 @@ from tvm.tirx.script.builder import ir as T
 from codegen.kernels.attention import MINIMUM, facts_of
 from codegen.kernels.maps import HALF_ROOT, HIGHEST
 from codegen.kernels.tiles import build, load, reduce_row, scratch, store, vectors
-from codegen.kernels.vector_math import at_least, at_most, f32, vexp, vexp_nonpositive
+from codegen.kernels.vector_math import at_least, at_most, f32, vexp_nonpositive
 from codegen.rule import Rule
 from codegen.target import Target
 
@@ -86,7 +86,8 @@ def _exp_query(row: _Row, y: Any, *rest: Any) -> None:
         return value + load(rest[0], row.h // share, j) if len(rest) == 2 else value
 
     top = _one(reduce_row(r, row.lanes, moved, tirx.max, MINIMUM))
-    row.each(r, lambda j: vexp_nonpositive(moved(j) - top), out)
+    power = row.keep(r, lambda j: moved(j) - top)
+    row.each(r, lambda j: vexp_nonpositive(power[0, j]), out)
 
 
 def _exp_key(row: _Row, y: Any, x: Any, out: Any) -> None:
@@ -97,10 +98,9 @@ def _exp_key(row: _Row, y: Any, x: Any, out: Any) -> None:
     half = _one(row.total(int(x.shape[3]), square) * f32(0.5 * row.facts["scale"]))
     floor = f32(row.facts["floor"])
 
-    def value(j: Any) -> Any:
-        return vexp(at_most(load(y, *row.at, j) - half, HIGHEST)) + floor
-
-    row.each(int(y.shape[3]), value, out)
+    power = row.keep(int(y.shape[3]), lambda j: at_most(load(y, *row.at, j) - half, HIGHEST))
+    # `vexp_nonpositive` is right up to 88, and no power is above HIGHEST.
+    row.each(int(y.shape[3]), lambda j: vexp_nonpositive(power[0, j]) + floor, out)
 
 
 def _polynomial(row: _Row, y: Any, out: Any) -> None:
@@ -145,11 +145,14 @@ def _head_norm(row: _Row, x: Any, gamma: Any, beta: Any, out: Any) -> None:
 
 
 def _glu(row: _Row, a: Any, b: Any, out: Any) -> None:
-    def value(j: Any) -> Any:
-        gate = f32(1.0) + vexp(f32(0.0) - load(b, *row.at, j))
-        return load(a, *row.at, j) / gate
+    width = int(a.shape[3])
+    # From e^80 on the gate is 0 in all but name, and a larger power would overflow.
+    power = row.keep(width, lambda j: at_most(f32(0.0) - load(b, *row.at, j), 80.0))
 
-    row.each(int(a.shape[3]), value, out)
+    def value(j: Any) -> Any:
+        return load(a, *row.at, j) / (f32(1.0) + vexp_nonpositive(power[0, j]))
+
+    row.each(width, value, out)
 
 
 def _divide(row: _Row, x: Any, count: Any, out: Any) -> None:

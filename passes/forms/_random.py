@@ -74,3 +74,12 @@ def length_quantiles(d: int, number: int) -> torch.Tensor:
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def subspace(d: int, r: int, seed: int) -> torch.Tensor:
+    """r orthonormal columns in d dimensions; the identity for r = d."""
+    if r == d:
+        return torch.eye(d, dtype=torch.float64)
+    square = torch.randn(d, d, generator=_generator(seed), dtype=torch.float64)
+    rotation: torch.Tensor = torch.linalg.qr(square)[0]
+    return rotation[:, :r]
