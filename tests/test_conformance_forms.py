@@ -326,7 +326,7 @@ def test_a_short_fit_lowers_the_error(name: str, mask: str) -> None:
         error.backward()
         optimiser.step()
         errors.append(error.item())
-    assert errors[-1] < 0.8 * errors[0]
+    assert errors[-1] < 0.9 * errors[0]
 
 
 @every
