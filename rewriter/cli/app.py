@@ -18,7 +18,7 @@ from rewriter.cli.output import errors
 # In the order of `rewriter --help`; each module has a function `verb`.
 VERBS = (
     "sites", "explain", "forms", "targets", "models", "rewrite", "fit", "compile", "tune",
-    "run", "verify", "bench", "energy", "report", "doctor", "demo",
+    "run", "verify", "bench", "energy", "recall", "report", "doctor", "demo",
 )  # fmt: skip
 
 # typer brings its own copy of click since 0.27: its base of all wrong use is found by name.
@@ -61,7 +61,7 @@ def _interruptible(verb: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-_NO_ARGUMENTS = {"forms", "targets", "models", "doctor", "demo"}
+_NO_ARGUMENTS = {"forms", "recall", "targets", "models", "doctor", "demo"}
 
 
 def guarded(app: typer.Typer, argv: list[str], debug: bool) -> int:

@@ -1,0 +1,111 @@
+"""Associative recall: the task itself, that softmax learns it, and that a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import rewriter.recall
+from passes.errors import UnknownName, UsageError
+from rewriter.cli import run
+from rewriter.recall import KEYS, VALUES, Setup, questions, recall
+from rewriter.recall_view import picture, table
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("pairs", [1, 5, KEYS])
+def test_every_answer_is_the_value_shown_with_the_key(pairs: int) -> None:
+    words, answers = questions(pairs, 9, torch.Generator().manual_seed(3))
+    assert words.shape == (9, 3 * pairs)
+    assert answers.shape == (9, pairs)
+    for row, wanted in zip(words.tolist(), answers.tolist(), strict=True):
+        shown = dict(zip(row[0 : 2 * pairs : 2], row[1 : 2 * pairs : 2], strict=True))
+        assert len(shown) == pairs  # every key once
+        assert sorted(row[2 * pairs :]) == sorted(shown)
+        assert [shown[key] for key in row[2 * pairs :]] == wanted
+        assert all(KEYS <= v < KEYS + VALUES for v in wanted)
+
+
+def test_softmax_learns_it_and_a_small_state_can_not_hold_it() -> None:
+    """The state of `elu` here is 2 heads of 2 x 2 numbers, for 32 pairs."""
+    setup = Setup(steps=300, width=32, heads=1)
+    small = Setup(steps=300, width=8, heads=4)
+    exact = recall(["exact"], [4], setup=setup)[0]
+    assert exact.accuracy is not None
+    assert exact.accuracy > 0.9
+    elu = recall(["elu"], [32], setup=small)[0]
+    assert elu.accuracy is not None
+    assert 0.0 <= elu.accuracy < 0.5
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, setup = tmp_path / "r.json", Setup(steps=3, tested=8)
+    trained: list[tuple[str, int]] = []
+    whole = rewriter.recall.train_cell
+
+    def counted(name: str, pairs: int, *rest: object) -> rewriter.recall.Cell:
+        if len(trained) == 2 and not record.with_suffix(".again").exists():
+            raise KeyboardInterrupt
+        trained.append((name, pairs))
+        return whole(name, pairs, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rewriter.recall, "train_cell", counted)
+    with pytest.raises(KeyboardInterrupt):
+        recall(["exact", "elu"], [2, 3], setup=setup, record=record)
+    assert len(json.loads(record.read_text())["cells"]) == 2
+    record.with_suffix(".again").touch()
+    cells = recall(["exact", "elu"], [2, 3], setup=setup, record=record)
+    assert trained == [("exact", 2), ("exact", 3), ("elu", 2), ("elu", 3)]
+    assert [(c.form, c.pairs) for c in cells] == trained
+    with pytest.raises(UsageError, match="another setup"):
+        recall(["exact"], [2], setup=Setup(steps=4), record=record)
+
+
+def test_the_same_seed_gives_the_same_model() -> None:
+    setup = Setup(steps=5, tested=16)
+    before = torch.random.get_rng_state()
+    a, b = (recall(["hedgehog"], [4], setup=setup)[0] for _ in range(2))
+    assert a.loss == b.loss
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UnknownName, match="elu"):
+        recall(["ellu"], [4])
+    with pytest.raises(UsageError, match="from 1 to 128"):
+        recall(["elu"], [0])
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(UsageError, match="not a record"):
+        recall(["elu"], [4], record=tmp_path / "bad.json")
+    assert run(["recall", "--forms", "elu", "--pairs", "x"]) == 2
+    assert "--pairs" in capsys.readouterr().err
+
+
+def test_the_command_line_draws_and_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    png = tmp_path / "r.png"
+    command = ["recall", "--forms", "exact,elu", "--pairs", "2,4", "--steps", "2"]
+    assert run([*command, "--picture", str(png), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [(c["form"], c["pairs"]) for c in data["cells"]] == [
+        ("exact", 2), ("exact", 4), ("elu", 2), ("elu", 4),
+    ]  # fmt: skip
+    assert png.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_refused_form_is_shown_as_refused(tmp_path: Path) -> None:
+    cells = [
+        rewriter.recall.Cell("a", 4, 0.5),
+        rewriter.recall.Cell("b", 4, None, why="b can not be causal"),
+    ]
+    picture(cells, tmp_path / "x.png")
+    made = table(cells)
+    assert list(made.columns[1].cells) == ["0.500", "refused"]
