@@ -1,0 +1,1 @@
+"""A small ViT on real digits, and what every form does to it (see README.md beside)."""
