@@ -22,6 +22,8 @@ from tvm.s_tir import SBlock, SBlockRealize
 from passes.opcount import OpCount
 
 _BINARY = {pe.Add: "add", pe.Sub: "add", pe.Mul: "mul", pe.Div: "div", pe.Max: "max", pe.Min: "max"}
+_BITS = {pe.LShift: "shift", pe.RShift: "shift", pe.BitwiseXor: "xor"}
+_FREE_BITS = (pe.BitwiseAnd, pe.BitwiseOr)
 _COMPARE = (pe.LT, pe.LE, pe.GT, pe.GE, pe.EQ, pe.NE)
 _CALLS = {
     "exp": ("exp",),
@@ -99,8 +101,8 @@ class _Counter:
 
     def value(self, x: Any, times: int) -> None:
         kind = type(x)
-        if kind in _BINARY:
-            self.add((_BINARY[kind],), x, times)
+        if kind in _BINARY or kind in _BITS:
+            self.add((_BINARY.get(kind) or _BITS[kind],), x, times)
             self.value(x.a, times)
             self.value(x.b, times)
         elif kind in _COMPARE:
@@ -114,7 +116,9 @@ class _Counter:
                 self.value(part, times)
         elif kind is pe.Cast:
             self.value(x.value, times)
-        elif kind in (pe.And, pe.Or):
+        elif kind is pe.BitwiseNot:
+            self.value(x.a, times)
+        elif kind in (pe.And, pe.Or, *_FREE_BITS):
             self.value(x.a, times)
             self.value(x.b, times)
         elif hasattr(x, "op") and hasattr(x, "args"):

@@ -133,6 +133,9 @@ class Form(ABC):
     exact: ClassVar[bool] = False
     trainable: ClassVar[bool] = False
     needs: ClassVar[str] = "nothing"  # or "short fit", "training"
+    straight_through: ClassVar[bool] = False  # piecewise constant in q and k: gradients are made up
+    normalised: ClassVar[bool] = True  # rows of `weights` sum to one, weights @ v is the output
+    local: ClassVar[bool] = False  # a query sees keys near it only, which may all be hidden
     Config: ClassVar[type[FormConfig]] = FormConfig
 
     def __init__(self, config: FormConfig | Mapping[str, Any] | None = None) -> None:
@@ -199,6 +202,10 @@ class Form(ABC):
     def rewires(self, site: AttentionSite) -> tuple[str, ...]:
         """Changes of the graph around `site` that this form starts from (passes/rewire.py)."""
         return ()
+
+    def margin(self, spec: FormSpec, params: Params, q: torch.Tensor, k: torch.Tensor) -> float:
+        """How far q and k are from where the output jumps (rounding can not carry them there)."""
+        return float("inf")
 
     def spares(self, site: AttentionSite, sites: Sequence[AttentionSite]) -> str:
         """Why a rule for all `sites` of a model should leave `site` as it is; "" if it should not.

@@ -80,9 +80,9 @@ def mark_reduced(module: GraphModule) -> None:
 
 def rewired(site: AttentionSite, changes: tuple[str, ...]) -> AttentionSite:
     """The site as it is after `changes`."""
-    if ALL_TOKENS not in changes:
-        return site
-    return replace(site, dims=replace(site.dims, S=site.dims.T), reduced=False)
+    if ALL_TOKENS in changes:
+        site = replace(site, dims=replace(site.dims, S=site.dims.T), reduced=False)
+    return replace(site, shared=True) if SHARED in changes else site
 
 
 def rewire(module: GraphModule, node: Node, site: AttentionSite, form: Form) -> AttentionSite:

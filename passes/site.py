@@ -77,7 +77,8 @@ class AttentionSite:
     re-trace; `node` is the graph's own name for the SDPA node and does not. `cross` says that keys
     and queries are made from different activations (a decoder over an encoder's output); keys that
     are a reduced copy of the queries' own tokens (T != S) are not cross. `reduced` says that they
-    are such a copy, made by a convolution or pooling (passes/rewire.py can take it out).
+    are such a copy, made by a convolution or pooling (passes/rewire.py can take it out), `shared`
+    that the keys are the queries themselves.
     """
 
     id: str
@@ -91,6 +92,7 @@ class AttentionSite:
     source: str = ""
     found_by: str = "sdpa"
     reduced: bool = False
+    shared: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `mask` is the kind in words, `mask_facts` the fields."""

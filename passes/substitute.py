@@ -35,7 +35,8 @@ _ARGS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 class AttentionModule(nn.Module):
     """What stands at a site: `form` with its parameters; trains.
 
-    `params` are the form's parameters, float32 until the module is cast. The dropout of the
+    `params` are the form's parameters, float32 until the module is cast; those of a form that is
+    not `trainable` (a hash, random features) take no gradient. The dropout of the
     site's softmax is applied by `exact` while training; other forms have none.
     """
 
@@ -46,6 +47,7 @@ class AttentionModule(nn.Module):
             raise FormError(f"{form.name} can not stand at {site.id}: {verdict}")
         self.site, self.form, self.spec = site, form, form.spec(site)
         self.params = nn.ParameterDict(form.init_params(site))
+        self.params.requires_grad_(form.trainable)
 
     def forward(
         self,

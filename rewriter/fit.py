@@ -239,7 +239,7 @@ class _Run:
             prefix = form_prefix(self.rewritten, site)
             attention = self.rewritten.attention(site)
             test = few(calls[site], self.recipe.tokens)
-            if self.state.task != f"site {site}" and len(attention.params):
+            if self.state.task != f"site {site}" and attention.form.trainable:
                 choose_scale(attention, test, self.recipe.scales)
             self._do(
                 site_task(self.rewritten, site, calls[site], self.recipe, share, self.seed, prefix)

@@ -118,8 +118,11 @@ def trainable(
 def with_rates(
     rewritten: Rewritten, rates: Mapping[str, float]
 ) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
-    """The floating parameters named in `rates`, and their learning rates; a tied one once."""
-    named = dict(rewritten.module.named_parameters())
+    """The floating parameters named in `rates`, and their learning rates; a tied one once.
+
+    Frozen ones (a form's hash) are left out.
+    """
+    named = {n: p for n, p in rewritten.module.named_parameters() if p.requires_grad}
     params = {n: named[n] for n in rates if n in named and named[n].is_floating_point()}
     return params, {n: rates[n] for n in params}
 

@@ -86,7 +86,7 @@ def site_task(
         error, gap = measure(attention, test)
         return error**2 + 0.25 * gap
 
-    params = {f"{prefix}{n}": p for n, p in attention.params.items()}
+    params = {f"{prefix}{n}": p for n, p in attention.params.items() if p.requires_grad}
     rates = dict.fromkeys(params, recipe.site_lr)
     return Task(name, "sites", site, params, rates, loss, validate, seconds, steps)
 
@@ -113,7 +113,7 @@ def sequential_task(
     def validate() -> float:
         return sum(float(output_error(attention, c)) for c in test) / len(test)
 
-    params = {f"{prefix}{n}": p for n, p in attention.params.items()}
+    params = {f"{prefix}{n}": p for n, p in attention.params.items() if p.requires_grad}
     rates = dict.fromkeys(params, recipe.site_lr / 4)
     steps = recipe.site_steps
     return Task(name, "sequential", site, params, rates, loss, validate, seconds, steps)
