@@ -15,6 +15,7 @@ import tvm
 from tvm import relax, tirx
 
 from codegen import cuda, tvm_env
+from codegen.kernel_cache import Entry, KernelCache
 from codegen.lower import Lowered
 from codegen.target import Target
 from passes.errors import LoweringError
@@ -33,12 +34,23 @@ class Built:
     library_kind: str = "vm_bytecode"
 
 
-def build(lowered: Lowered, target: Target) -> Built:
+def build(lowered: Lowered, target: Target, *, cache: KernelCache | None = None) -> Built:
     """Compile and link `lowered` for `target`; the same module gives the same bytes.
+
+    Code that `lower` found in the cache is taken as it is; what is built is kept in `cache`.
 
     Raises:
         LoweringError: no linker was found, the linker failed, or code generation failed.
     """
+    if lowered.code is not None:
+        return Built(lowered.code)
+    code = _library(lowered, target)
+    if cache is not None and lowered.key:
+        cache.put(lowered.key, Entry(code, lowered.facts()))
+    return Built(code)
+
+
+def _library(lowered: Lowered, target: Target) -> bytes:
     linker = find_linker(target)
     with cuda.embedding(target) as kernels:
         executable = compile_vm(lowered, target)
@@ -48,7 +60,7 @@ def build(lowered: Lowered, target: Target) -> Built:
             executable.export_library(str(path), fcompile=linker)
         except RuntimeError as error:
             raise LoweringError(f"linking for {target.name} failed: {error}") from error
-        return Built(kernels.put(path.read_bytes()))
+        return kernels.put(path.read_bytes())
 
 
 def compile_vm(lowered: Lowered, target: Target) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from tvm import relax, tirx
 from codegen import legalize, tvm_env
 from codegen.frontend import Imported
 from codegen.graph_passes.channels_last import channels_last
+from codegen.kernel_cache import Entry, KernelCache, key_of
 from codegen.lift import lift_constants
 from codegen.prepack import prepack
 from codegen.schedule import Outcome, Tuned, refuse, schedule
@@ -37,12 +38,24 @@ class KernelInfo:
     ops: OpCount | None = None
     count: int = 1
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**vars(self), "ops": None if self.ops is None else self.ops.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> KernelInfo:
+        """Inverse of `to_json`."""
+        ops = data["ops"]
+        return cls(**{**data, "ops": None if ops is None else OpCount.from_json(ops)})
+
 
 @dataclass(frozen=True)
 class Lowered:
     """Scheduled code before it is built. "main" takes (inputs..., weights...).
 
-    `unscheduled` is the module as it was before any kernel was scheduled (for tuning).
+    `unscheduled` is the module as it was before any kernel was scheduled (for tuning). With a
+    kernel cache, `key` names the code there, and where it was found `code` is the built library
+    and `mod` is None: nothing was scheduled.
     """
 
     mod: Any
@@ -52,6 +65,13 @@ class Lowered:
     kernels: list[KernelInfo]
     notes: tuple[str, ...] = ()
     unscheduled: Any = field(default=None, repr=False)
+    key: str = ""
+    code: bytes | None = field(default=None, repr=False)
+    crashes: tuple[str, ...] = ()
+
+    def facts(self) -> dict[str, Any]:
+        """What the kernel cache keeps beside the code."""
+        return {"kernels": [k.to_json() for k in self.kernels], "crashes": list(self.crashes)}
 
 
 def lower(
@@ -61,24 +81,65 @@ def lower(
     tuned: Tuned | None = None,
     allow_unscheduled: bool = False,
     progress: Progress | None = None,
+    cache: KernelCache | None = None,
 ) -> Lowered:
     """Lower to scheduled TensorIR.
 
-    `tuned(func, target)` is asked first for every kernel and returns a schedule or None.
+    `tuned(func, target)` is asked first for every kernel and returns a schedule or None. What is
+    found in `cache` is taken from there; tuned kernels are looked up as they were scheduled,
+    because a record is applied only if it is faster now.
 
     Raises:
         LoweringError: a kernel no rule takes, unless `allow_unscheduled`.
     """
     with tvm_env.lowering_for(target):
         mod, weights = fuse(imported.mod, target)
+        key = ""
+        if cache is not None and tuned is None:
+            key = key_of(mod, target, allow_unscheduled=allow_unscheduled)
+            if (known := cache.get(key)) is not None:
+                return _found(imported, mod, weights, key, known)
         outcomes = _schedule_all(mod, target, tuned, progress)
         if not allow_unscheduled:
             refuse({name: o for name, o in outcomes.items() if not o.rule})
         kernels = _kernels(mod, outcomes)
-        scheduled = _finish(_replaced(mod, outcomes))
-    crashes = [f"{name}: rule {c}" for name, o in outcomes.items() for c in o.crashes]
-    notes = (*imported.notes, *crashes)
-    return Lowered(scheduled, weights, imported.inputs, imported.outputs, kernels, notes, mod)
+        replaced = _replaced(mod, outcomes)
+        code = None
+        if cache is not None and tuned is not None:
+            key = key_of(replaced, target, tuned=True)
+            known = cache.get(key)
+            code = None if known is None else known.code
+        scheduled = _finish(replaced)
+    crashes = tuple(f"{name}: rule {c}" for name, o in outcomes.items() for c in o.crashes)
+    return Lowered(
+        scheduled,
+        weights,
+        imported.inputs,
+        imported.outputs,
+        kernels,
+        (*imported.notes, *crashes),
+        mod,
+        key,
+        code,
+        crashes,
+    )
+
+
+def _found(imported: Imported, mod: Any, weights: Any, key: str, known: Entry) -> Lowered:
+    """What the cache holds, with the weights and specs of this model."""
+    crashes = tuple(known.facts["crashes"])
+    return Lowered(
+        None,
+        weights,
+        imported.inputs,
+        imported.outputs,
+        [KernelInfo.from_json(k) for k in known.facts["kernels"]],
+        (*imported.notes, *crashes),
+        mod,
+        key,
+        known.code,
+        crashes,
+    )
 
 
 def fuse(mod: Any, target: Target) -> tuple[Any, dict[str, NDArray[Any]]]:

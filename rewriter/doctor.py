@@ -49,6 +49,7 @@ def diagnose() -> dict[str, Any]:
         "tvm": _tvm(),
         "tools": tools(),
         "cpu": _cpu(),
+        "cache": _cache(),
         "engines": _engines(),
         "targets": _targets(),
     }
@@ -165,6 +166,21 @@ def _engines() -> dict[str, str]:
     return {name: engine.missing() for name, engine in engines().items()}
 
 
+def _cache() -> dict[str, Any]:
+    """Where compiled kernels are kept and how much is there; {} where the cache is off."""
+    from codegen.kernel_cache import default_cache
+
+    cache = default_cache()
+    return {} if cache is None else cache.facts()
+
+
+def _cache_words(cache: Mapping[str, Any]) -> str:
+    if not cache:
+        return "off (REWRITER_CACHE_DIR)"
+    size, most = cache["bytes"] / 1e6, cache["most_bytes"] / 1e6
+    return f"{cache['folder']}: {cache['entries']} entries, {size:.1f} of at most {most:.0f} MB"
+
+
 def _targets() -> dict[str, str]:
     """{target: "" or why its code can not run here}; such code can still be made."""
     from codegen.host import this_host, why_foreign
@@ -262,6 +278,7 @@ def _facts_table(facts: Mapping[str, Any]) -> Table:
         ("tvm", tvm.get("error") or f"{tvm['version']}; compiles {', '.join(tvm['compiles'])}; "
                                     f"runs {', '.join(tvm['enabled'])}"),
     ]  # fmt: skip
+    rows.append(("kernel cache", _cache_words(facts["cache"])))
     rows += [(f"package {name}", place or "not found") for name, place in facts["packages"].items()]
     for name, tool in facts["tools"].items():
         rows.append((name, tool["version"] or tool["path"] or f"not found ({tool['use']})"))

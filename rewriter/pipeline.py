@@ -14,6 +14,7 @@ from codegen.target import Target, target_named
 from passes.errors import ArtifactError
 
 if TYPE_CHECKING:
+    from codegen.kernel_cache import KernelCache
     from codegen.lower import Lowered
     from codegen.manifest import Manifest
     from codegen.runtime import Artifact
@@ -32,15 +33,20 @@ class Stages:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, detail: str = "") -> Iterator[None]:
         """Time one stage."""
         if self.progress is not None:
-            self.progress(name, len(self.seconds), len(STAGES))
+            self.progress(f"{name} {detail}".rstrip(), len(self.seconds), len(STAGES))
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
         if self.progress is not None:
             self.progress(name, len(self.seconds), len(STAGES))
+
+    def kernel(self, _name: str, done: int, total: int) -> None:
+        """Tell how many kernels of the stage that runs are done."""
+        if self.progress is not None:
+            self.progress("lower", len(self.seconds) + done / max(total, 1), len(STAGES))
 
 
 def lower_result(
@@ -50,6 +56,7 @@ def lower_result(
     *,
     tuned: Any = None,
     allow_unscheduled: bool = False,
+    cache: KernelCache | None = None,
 ) -> Lowered:
     """seal -> frontend -> lower: scheduled TensorIR with the weights lifted out."""
     from codegen.frontend import to_relax
@@ -61,7 +68,14 @@ def lower_result(
     with stages.stage("import"):
         imported = to_relax(sealed, target)
     with stages.stage("lower"):
-        return lower(imported, target, tuned=tuned, allow_unscheduled=allow_unscheduled)
+        return lower(
+            imported,
+            target,
+            tuned=tuned,
+            allow_unscheduled=allow_unscheduled,
+            progress=stages.kernel,
+            cache=cache,
+        )
 
 
 def build_artifact(
@@ -83,14 +97,18 @@ def build_artifact(
     """
     from codegen.build import build
     from codegen.container import write_artifact
+    from codegen.kernel_cache import default_cache
     from codegen.manifest import make_manifest
 
     chosen = target_named(target) if isinstance(target, str) else target
     stages = Stages(progress)
     tuned = _tuned(session, chosen)
-    lowered = lower_result(result, chosen, stages, tuned=tuned, allow_unscheduled=allow_unscheduled)
-    with stages.stage("build"):
-        built = build(lowered, chosen)
+    cache = default_cache()
+    lowered = lower_result(
+        result, chosen, stages, tuned=tuned, allow_unscheduled=allow_unscheduled, cache=cache
+    )
+    with stages.stage("build", f"{len(lowered.kernels)} kernels"):
+        built = build(lowered, chosen, cache=cache)
     manifest = make_manifest(
         result.name,
         chosen,
@@ -165,7 +183,11 @@ def _complete(
 ) -> None:
     notes = [*lowered.notes, *([note] if note else [])]
     weights = sum(array.nbytes for array in lowered.weights.values())
-    facts = {"weights_bytes": weights, "seconds": dict(stages.seconds)}
+    facts = {
+        "weights_bytes": weights,
+        "seconds": dict(stages.seconds),
+        "code_from_cache": lowered.code is not None,
+    }
     if tuned is not None:
         tuned.name_all(lowered.unscheduled)
         notes.append(tuned.summary())
