@@ -11,11 +11,12 @@ from typing import Any
 
 from tvm import te, tirx
 
-from codegen.kernels.attention import wide
+from codegen.kernels.attention import arranged, wide
 from codegen.kernels.vector_math import f32
 
 HIGHEST = 60.0  # exponents above it would overflow in the sums over tokens
 HALF_ROOT = math.sqrt(0.5)
+HUGE = 2.0**60  # a denominator that no sum of features reaches, and exact to divide by
 
 
 def _read(x: Any) -> Any:
@@ -149,23 +150,30 @@ def glu(a: Any, b: Any) -> Any:
     )
 
 
-def divide(tiny: float, x: Any, count: Any) -> Any:
-    """x / max(count, tiny): x [B, H, T, E], count [B or 1, 1, T, 1]."""
+def divide(tiny: float, x: Any, count: Any, *, tokens_first: bool = False) -> Any:
+    """x / max(count, tiny): x [B, H, T, E], count [B or 1, 1, T, 1].
+
+    The result is [B, T, H * E] with `tokens_first`.
+    """
     rows, dtype = [int(n) for n in count.shape], str(x.dtype)
     safe = te.compute(
         count.shape, lambda *i: tirx.max(_read(count)(*i), f32(tiny)), name="map_safe"
     )
-    return te.compute(
-        x.shape,
+    return arranged(
+        tuple(int(n) for n in x.shape),
         lambda b, h, i, e: (
             wide(x[b, h, i, e], dtype) / safe[0 if rows[0] == 1 else b, 0, i, 0]
         ).astype(dtype),
-        name="map_divide",
+        "map_divide",
+        tokens_first,
     )
 
 
-def token_norm(scale: float, eps: float, x: Any) -> Any:
-    """y / sqrt(mean of y^2 over heads and channels + eps), y = x scale: [B, H, T, E]."""
+def token_norm(scale: float, eps: float, x: Any, *, tokens_first: bool = False) -> Any:
+    """y / sqrt(mean of y^2 over heads and channels + eps), y = x scale: [B, H, T, E].
+
+    The result is [B, T, H * E] with `tokens_first`.
+    """
     b_, h_, t_, e_ = (int(n) for n in x.shape)
     dtype, read = str(x.dtype), _read(x)
     h0, e0 = te.reduce_axis((0, h_), name="h0"), te.reduce_axis((0, e_), name="e0")
@@ -180,8 +188,9 @@ def token_norm(scale: float, eps: float, x: Any) -> Any:
         lambda b, i: f32(1.0) / tirx.sqrt(squares[b, i] * f32(1.0 / (h_ * e_)) + f32(eps)),
         name="map_factor",
     )
-    return te.compute(
-        x.shape,
+    return arranged(
+        (b_, h_, t_, e_),
         lambda b, h, i, e: (y[b, h, i, e] * factor[b, i]).astype(dtype),
-        name="map_token_norm",
+        "map_token_norm",
+        tokens_first,
     )

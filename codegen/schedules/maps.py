@@ -14,6 +14,7 @@ from codegen.kernels.attention import MINIMUM, facts_of
 from codegen.kernels.maps import HALF_ROOT, HIGHEST
 from codegen.kernels.tiles import build, load, reduce_row, scratch, store, vectors
 from codegen.kernels.vector_math import at_least, at_most, f32, vexp_nonpositive
+from codegen.kernels.views import Layout, take_layout
 from codegen.rule import Rule
 from codegen.target import Target
 
@@ -197,13 +198,18 @@ _WRITERS: dict[str, Callable[..., None]] = {
 }
 
 
-def _write(facts: dict[str, Any], lanes: int, args: tuple[Any, ...]) -> None:
+def _write(facts: dict[str, Any], layout: Layout | None, lanes: int, args: Any) -> None:
     write = _WRITERS[facts["map"]]
-    batch, heads, tokens, _ = (int(n) for n in args[-1].shape)
+    inputs, out = list(args[:-1]), args[-1]
+    if layout is not None:
+        tensors, rest = layout.split(inputs)
+        inputs = [*tensors, *rest]
+        out = layout.output(out, inputs[0].shape) if layout.tokens_first else out
+    batch, heads, tokens, _ = (int(n) for n in out.shape)
     heads = 1 if facts["map"] == "token_norm" else heads
     with T.parallel(0, batch * heads * tokens) as n:
         bh = n // tokens
-        write(_Row(lanes, facts, bh // heads, bh % heads, n % tokens), *args)
+        write(_Row(lanes, facts, bh // heads, bh % heads, n % tokens), *inputs, out)
 
 
 def apply(func: Any, target: Target) -> Any | None:
@@ -211,7 +217,9 @@ def apply(func: Any, target: Target) -> Any | None:
     facts = facts_of(func, NAME)
     if facts is None:
         return None
-    return tvm.s_tir.Schedule(build(func, lambda *args: _write(facts, target.lanes, args)))
+    layout = take_layout(facts, int(facts["tensors"]))
+    body = build(func, lambda *args: _write(facts, layout, target.lanes, args))
+    return tvm.s_tir.Schedule(body)
 
 
 RULE = Rule(NAME, apply, kinds=("cpu", "edge"), order=10)
