@@ -26,7 +26,7 @@ def trials(
     yield dict(values)
     if not inputs:
         return
-    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
+    generator = torch.Generator().manual_seed(0)  # torch.seed() would change the user's
     pairs: list[tuple[float, float]] = [(1, 0)]
     pairs += [(c + 1, c) for c in sorted(_compared(steps)) if c not in (0, 1)]
     for seen, hidden in pairs:

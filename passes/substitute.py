@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from passes.builder import Builder
 from passes.errors import FormError, PlanError, UnmatchedRule
@@ -153,6 +153,7 @@ def substitute(traced: Traced, sites: Sequence[AttentionSite], plan: Plan) -> Re
     nodes = {n.meta["attention_site"].id: n for n in module.graph.nodes if _is_site(n)}
     _check_names(sites, plan, nodes)
     device = _device(module)
+    _free_strides(module.graph)
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     key_masks: KeyMasks = {}
     for site in sorted(sites, key=lambda s: order[nodes[s.id]]):
@@ -203,6 +204,13 @@ def _check_names(sites: Sequence[AttentionSite], plan: Plan, nodes: dict[str, No
     for site in sites:
         if site.id not in nodes:
             raise PlanError(f"site {site.id!r} is not in the graph; canonicalise and find it first")
+
+
+def _free_strides(graph: Graph) -> None:
+    """Views become reshapes: a form's output need not have the strides of torch's own attention,
+    after which a trace leaves out ``contiguous`` where it did nothing."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
 
 
 def _is_site(node: Node) -> bool:

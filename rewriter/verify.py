@@ -206,7 +206,7 @@ def verify_artifact(
         module: the rewritten model, called with `inputs`.
         inputs: tensors by name, or a tuple in the order of the artifact's inputs.
         dtype: the lowest precision the code computes in, which picks the tolerance; by default
-            what the artifact's manifest says.
+            the lowest of what the artifact's manifest says and of the model's own types.
 
     Raises:
         VerifyError: the number of outputs or their shapes differ.
@@ -222,7 +222,20 @@ def verify_artifact(
         raise VerifyError(f"the artifact has {len(got)} outputs, the model {len(tensors)}")
     want = {name: to_numpy(t) for name, t in zip(got, tensors, strict=True)}
     precision = getattr(getattr(artifact, "manifest", None), "precision", "float32")
-    return compare_arrays(got, want, dtype=dtype or precision)
+    return compare_arrays(got, want, dtype=dtype or _lowest([precision, *_types(module, tensors)]))
+
+
+def _types(module: Any, outputs: Sequence[torch.Tensor]) -> list[str]:
+    """Floating types of the model's own weights and outputs."""
+    weights = module.parameters() if hasattr(module, "parameters") else ()
+    found = {t.dtype for t in (*weights, *outputs) if t.is_floating_point()}
+    return sorted(str(dtype).removeprefix("torch.") for dtype in found)
+
+
+def _lowest(names: Sequence[str]) -> str:
+    """The type of the least precision (the table is in that order)."""
+    order = list(TOLERANCES)
+    return max((n for n in names if n in order), key=order.index)
 
 
 def _arrays(artifact: Any, inputs: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Array]:

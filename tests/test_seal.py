@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from passes.errors import LoweringError
@@ -16,6 +16,7 @@ from passes.plan import plan_by_rules
 from passes.seal import NAMESPACE, NOTES, is_form_op, op_name, op_of_form, read_spec, seal
 from passes.site import Mask
 from passes.substitute import Rewritten, substitute
+from rewriter.api import find_sites, make_plan
 from tests.by_hand import Attention, Encoder, canonical, site
 
 FORMS = ["exact", "elu", "hedgehog"]
@@ -208,3 +209,37 @@ def test_a_model_that_can_not_be_exported_is_a_clear_error() -> None:
 def branch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A linear layer that looks at its data."""
     return x @ weight.T + bias if x.sum() > 0 else x
+
+
+class _Viewed(nn.Module):
+    """Attention by hand whose output is viewed after a `contiguous` that a trace leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(40, 120), nn.Linear(40, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, 5, 8).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).contiguous().view(batch, tokens, width))
+
+
+@pytest.mark.parametrize("form", ["exact", "elu", "hedgehog"])
+def test_a_view_of_the_output_takes_any_strides(form: str) -> None:
+    model, x = _Viewed().eval(), torch.randn(2, 33, 40)
+    traced, found = find_sites(model, (x,))
+    made = substitute(traced, found.sites, make_plan(found, form=form))
+    got = made.module(x)  # as fit runs it
+    sealed = seal(made).module()(x)
+    torch.testing.assert_close(sealed, got, rtol=1e-5, atol=1e-5)
+    if form == "exact":
+        torch.testing.assert_close(got, model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_touches_the_users_random_state() -> None:
+    model, x = _Viewed().eval(), torch.randn(2, 33, 40)
+    before = torch.random.get_rng_state()
+    traced, found = find_sites(model, (x,))
+    seal(substitute(traced, found.sites, make_plan(found, form="hedgehog")))
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -192,3 +193,24 @@ def test_compare_models_measures_and_does_not_judge() -> None:
     )
     assert other.cosine_mean == pytest.approx(float(want.detach().mean()), abs=1e-5)
     assert other.cosine_mean < 0.99
+
+
+def test_a_half_precision_model_is_held_to_its_own_step(tmp_path: Path) -> None:
+    from rewriter.api import compile
+
+    class Attend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(40, 120)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).reshape(2, 33, 3, 5, 8).permute(2, 0, 3, 1, 4)
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+            return y.transpose(1, 2).contiguous().view(2, 33, 40)
+
+    model = Attend().half().eval()
+    artifact = compile(model, (torch.randn(2, 33, 40).half(),), path=tmp_path / "h.rwa", form="elu")
+    verified = artifact.report["compiled"]
+    assert verified["dtype"] == "float16"
+    assert verified["ok"]
+    assert 1e-6 < artifact.report["compiled_max_abs_error"] < 3e-2
