@@ -25,6 +25,7 @@ from passes.match_sdpa import opaque_reason, rebuild_sdpa
 from passes.match_softmax import constant, match_softmax
 from passes.ops import op_of, val
 from passes.origin import dims_of, module_path, source_line, symbol_names
+from passes.own_random import own_random
 from passes.prove import prove
 from passes.rebuild import Rebuilt, rebuild
 from passes.rewire import mark_reduced
@@ -33,6 +34,7 @@ from passes.site import AttentionSite, Mask, NearMiss
 from passes.traced import Traced
 
 
+@own_random
 def canonicalise(traced: Traced) -> Traced:
     """A copy of `traced` in which every attention is one SDPA node.
 

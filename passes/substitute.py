@@ -21,6 +21,7 @@ from passes.errors import FormError, PlanError, UnmatchedRule
 from passes.form import Form, form_named
 from passes.forms.exact import Exact
 from passes.ops import HIDDEN
+from passes.own_random import own_random
 from passes.plan import KEEP, Choice, Plan
 from passes.rewire import restore, rewire, rewired
 from passes.site import AttentionSite, SiteStatus
@@ -86,6 +87,7 @@ class Rewritten:
         """The module at a site; `UnmatchedRule` if there is no such site."""
         return self._find(site_id)[1]
 
+    @own_random
     def put(self, site_id: str, form: Form, why: str = "") -> AttentionModule:
         """Swap the form at a site in place, with fresh parameters; returns the new module.
 
@@ -135,6 +137,7 @@ class Rewritten:
         return Rewritten(_copied(self.module, memo), self.sites, self.plan, self.traced)
 
 
+@own_random
 def substitute(traced: Traced, sites: Sequence[AttentionSite], plan: Plan) -> Rewritten:
     """Put the plan's form at every site; a site the plan does not name gets `exact`.
 

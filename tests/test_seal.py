@@ -237,9 +237,28 @@ def test_a_view_of_the_output_takes_any_strides(form: str) -> None:
         torch.testing.assert_close(got, model(x), rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_touches_the_users_random_state() -> None:
-    model, x = _Viewed().eval(), torch.randn(2, 33, 40)
+class _ByHand(_Viewed):
+    """The same with its softmax written out and a padding mask."""
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, 5, 8).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-1, -2)) * 8**-0.5
+        scores = scores.masked_fill(~keep[:, None, None, :], -1e9)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("shapes", [None, "auto"])
+def test_nothing_touches_the_users_random_state(by_hand: bool, shapes: Any) -> None:
+    model = _ByHand().eval() if by_hand else _Viewed().eval()
+    inputs: tuple[Tensor, ...] = (torch.randn(2, 33, 40),)
+    if by_hand:
+        inputs = (*inputs, torch.arange(33)[None] < torch.tensor([[33], [20]]))
     before = torch.random.get_rng_state()
-    traced, found = find_sites(model, (x,))
-    seal(substitute(traced, found.sites, make_plan(found, form="hedgehog")))
+    traced, found = find_sites(model, inputs, dynamic_shapes=shapes)
+    assert len(found.sites) == 1
+    made = substitute(traced, found.sites, make_plan(found, form="hedgehog"))
+    made.put(found.sites[0].id, form_named("elu"))
+    seal(made)
     assert torch.equal(torch.random.get_rng_state(), before)
