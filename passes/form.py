@@ -203,6 +203,21 @@ class Form(ABC):
         """Changes of the graph around `site` that this form starts from (passes/rewire.py)."""
         return ()
 
+    def learn(
+        self,
+        site: AttentionSite,
+        params: Params,
+        samples: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
+        *,
+        seed: int = 0,
+        warm: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """New parameters from captured (q, k, key_mask), without gradients; {} for most forms.
+
+        `warm` starts from the old ones (a refresh after the model has changed).
+        """
+        return {}
+
     def margin(self, spec: FormSpec, params: Params, q: torch.Tensor, k: torch.Tensor) -> float:
         """How far q and k are from where the output jumps (rounding can not carry them there)."""
         return float("inf")

@@ -28,6 +28,7 @@ from rewriter.fit_report import FitReport, Recipe, Revert, SiteFit, Stage
 from rewriter.fit_site import (
     choose_scale,
     few,
+    learn_site,
     measure,
     refit_projection,
     sequential_task,
@@ -239,6 +240,12 @@ class _Run:
             prefix = form_prefix(self.rewritten, site)
             attention = self.rewritten.attention(site)
             test = few(calls[site], self.recipe.tokens)
+            learned = learn_site(attention, calls[site], self.seed)
+            if learned:
+                names = [f"{prefix}{n}" for n in learned]
+                self.state.records.setdefault("touched", []).extend(names)
+                self._done(f"site {site}")
+                continue
             if self.state.task != f"site {site}" and attention.form.trainable:
                 choose_scale(attention, test, self.recipe.scales)
             self._do(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from passes.form import Form
 from passes.substitute import AttentionModule, Rewritten
-from rewriter.capture import Call
+from rewriter.capture import Call, capture
 from rewriter.fit_loop import Task, shuffled
 from rewriter.fit_loss import divergence, output_error, row_mask
 from rewriter.fit_report import Recipe
@@ -18,6 +19,7 @@ from rewriter.linears import Linear, output_projection
 from rewriter.ridge import Refit, refit
 
 HELD_OUT = 4  # one sample in four chooses the penalty of a refit
+REFRESH_BYTES = 1 << 28  # of queries, keys and values held by a refresh
 MEASURED = 4  # calls of a site that decide and measure
 
 
@@ -55,6 +57,42 @@ def choose_scale(
     best = min(found)[1] if found else 1.0
     _set(attention, fresh, best)
     return best
+
+
+@torch.no_grad()
+def learn_site(
+    attention: AttentionModule, calls: Sequence[Call], seed: int, *, warm: bool = False
+) -> list[str]:
+    """Let the form learn what it takes from queries and keys; names of the changed parameters."""
+    samples = [(c.q, c.k, c.key_mask) for c in calls]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors: see fit.py
+    try:
+        params = dict(attention.params.items())
+        found = attention.form.learn(attention.site, params, samples, seed=seed, warm=warm)
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in found.items():
+        attention.params[name].copy_(value)
+    return list(found)
+
+
+@torch.no_grad()
+def refresh(
+    rewritten: Rewritten, batches: Sequence[Mapping[str, Tensor]], *, seed: int = 0
+) -> list[str]:
+    """Learn the hashes anew from the rewritten model's own activations, starting from the old.
+
+    For fine-tuning: every few epochs, as the projections before a hash have changed. Returns the
+    ids of the sites that have something to learn.
+    """
+    sites = [s.id for s in rewritten.sites if _learns(rewritten.attention(s.id))]
+    calls = capture(rewritten, batches, sites, REFRESH_BYTES) if sites else {}
+    return [s for s in sites if learn_site(rewritten.attention(s), calls[s], seed, warm=True)]
+
+
+def _learns(attention: AttentionModule) -> bool:
+    return type(attention.form).learn is not Form.learn
 
 
 def _set(attention: AttentionModule, values: dict[str, Tensor], scale: float) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from passes.errors import UsageError
 from passes.form import Form, FormConfig, FormSpec, Paper, Params, Reason, Verdict, no
 from passes.forms import _hash
+from passes.forms._hash_learn import learn
 from passes.forms._linear import (
     accumulate_dtype,
     count_dtype,
@@ -138,6 +139,18 @@ class Hamming(Form):
         """A random hash for each key head: anchors, centre, mix, rate."""
         o = self.options
         return _hash.initial(site.dims.G, site.dims.D, o.anchors, o.bits)
+
+    def learn(
+        self,
+        site: AttentionSite,
+        params: Params,
+        samples: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+        *,
+        seed: int = 0,
+        warm: bool = False,
+    ) -> dict[str, Tensor]:
+        """The hash of passes/forms/_hash_learn.py."""
+        return learn(params, samples, self.options.bits, shared=site.shared, seed=seed, warm=warm)
 
     def codes(self, x: Tensor, params: Params) -> Tensor:
         """Codes -1 and 1 [B, H, N, b] of rows x [B, H, N, D], with straight-through gradients."""
