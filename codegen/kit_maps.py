@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tvm import relax
 
-from codegen.kernels import maps
+from codegen.kernels import hybrid, maps
+from codegen.kernels.attention import attributes
+from codegen.kernels.hybrid import HybridFacts
 from codegen.kernels.views import VIEWS
 
 
@@ -160,6 +162,36 @@ class MapKernels:
         ones = self.constant(np.ones((b, 1, t, 1)))
         keys, values = (self.constant(np.full((b, 1, s, 1), x)) for x in (1.0, 1.0 / scale))
         return self.linear_sum(ones, keys, values, key_mask=key_mask, causal=causal)
+
+    def hybrid(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        fq: Any,
+        fk: Any,
+        mix: Any,
+        *,
+        key_mask: Any = None,
+        causal: bool,
+        scale: float,
+        block: int,
+        eps: float,
+    ) -> Any:
+        """Softmax with the keys of neighbouring blocks, features with the others: [B, H, T, E].
+
+        q, k, v have as many tokens, in three or more blocks; fq [B, H, T, R], fk [B, G, T, R];
+        mix [H]: its sigmoid weighs the softmax terms (codegen/kernels/hybrid.py).
+        """
+        args = self._data(q=q, k=k, v=v, fq=fq, fk=fk, mix=mix)
+        args += [] if key_mask is None else [self.builder.normalize(key_mask)]
+        facts = HybridFacts(float(scale), block, causal, eps, key_mask is not None)
+        func = hybrid.define(facts, [(_sizes(x), self.dtype(x)) for x in args])
+        func = func.without_attr("global_symbol")
+        for key, value in attributes("hybrid", facts.to_json()).items():
+            func = func.with_attr(key, value)
+        out = relax.TensorType((*_sizes(q)[:3], _sizes(v)[3]), self.dtype(q))
+        return self.builder.emit(relax.call_tir(self.builder.add_func(func, "hybrid"), args, out))
 
     def cast(self, x: Any, dtype: str) -> Any:
         """x in another type (itself if it has it)."""

@@ -34,6 +34,8 @@ MASKS: dict[str, dict[str, Any]] = {
     "bias": {"bias": True},
     "unknown": {"unknown": True},
 }
+# Forms that are softmax itself up to some length get options that make them approximate here.
+OPTIONS: dict[str, dict[str, Any]] = {"lolcats": {"window": 4}}
 LENGTHS = [(1, 1), (7, 7), (1, 9), (9, 4), (65, 65), (67, 131)]
 
 
@@ -41,7 +43,7 @@ class Case:
     """A form at a site with random tensors; skips if the form refuses the site."""
 
     def __init__(self, name: str, dtype: torch.dtype = torch.float64, **facts: Any) -> None:
-        self.form = form_named(name)
+        self.form = form_named(name, OPTIONS.get(name))
         dtype_name = str(dtype).removeprefix("torch.")
         self.site = site(dtype=dtype_name, **facts)
         verdict = self.form.applies(self.site)
@@ -316,6 +318,8 @@ def test_weights_of_all_lengths(name: str, mask: str, queries: int, keys: int) -
     if case.form.local:  # what it sees may be hidden where other keys are not
         rows = rows * (weights != 0).any(-1)
     torch.testing.assert_close(weights.sum(-1), rows, rtol=1e-10, atol=1e-10)
+    if not case.form.weighted:
+        return
     values = case.v.repeat_interleave(2, 1)
     torch.testing.assert_close(weights @ values, case.attend(), rtol=1e-10, atol=1e-10)
 
