@@ -14,10 +14,9 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels.attention import MINIMUM
+from codegen.kernels.folds import all_lanes, power_of_two, put, row_sums, sums, whole
 from codegen.kernels.tiles import (
     ROWS,
-    fill,
-    fold,
     imin,
     load,
     panels,
@@ -27,7 +26,7 @@ from codegen.kernels.tiles import (
     up,
     vectors,
 )
-from codegen.kernels.vector_math import _EXP5, _SHIFT, at_least, at_most, f32, vexp_nonpositive
+from codegen.kernels.vector_math import _EXP5, _SHIFT, at_least, at_most, f32
 
 Seen = Callable[[Any], Any]
 _LOG2E = math.log2(math.e)
@@ -79,7 +78,7 @@ class Elu(Rows):
 
             def put(d: Any) -> None:
                 y = load(self.x, b, h, self.token(token), d)
-                value = at_least(y, 0.0) + vexp_nonpositive(at_most(y, 0.0))
+                value = at_least(y, 0.0) + _power(at_most(y, 0.0) * f32(_LOG2E))
                 if seen is not None:
                     value = tirx.Select(seen(token), value, f32(0.0))
                 T.buffer_store(out, value, [i, d])
@@ -138,40 +137,54 @@ class Pair(Rows):
                     rows=self.rows,
                     width=width,
                 )
+            number = power_of_two(2 * self.rows)
+            total = scratch(1, number)
+            self._exponentials(z, out, row, total)
+            large = self._large(total, number)
+            with T.If(large > f32(0.0)), T.Then(), T.serial(0, self.rows) as i:
+                self._by_extremes(z, i, out, row + i, total)
+            step = min(number, self.lanes)
+            for n in range(0, number, step):
+                value = all_lanes(1.0, step) / whole(total, 0, lanes=step, start=n)
+                put(total, value, 0, lanes=step, start=n)
             with T.serial(0, self.rows) as i:
-                self._row(z, i, out, row + i, None if seen is None else seen(first + row + i))
+                self._normalise(out, row + i, total, i, seen and seen(first + row + i))
 
-    def _row(self, z: Any, i: Any, out: Any, at: Any, seen: Any) -> None:
-        total = scratch(1, 2)
-        plus, minus = scratch(1, self.lanes), scratch(1, self.lanes)
-        fill(plus, 1, self.lanes)
-        fill(minus, 1, self.lanes)
-        for o in range(self.half // self.lanes):
-            with T.vectorized(0, self.lanes) as x:
-                j = o * self.lanes + x
-                high, low = _both(z[i, j])
-                T.buffer_store(out, self._real(o, x, high), [at, j])
-                T.buffer_store(out, self._real(o, x, low), [at, self.half + j])
-            with T.vectorized(0, self.lanes) as x:
-                j = o * self.lanes + x
-                T.buffer_store(plus, plus[0, x] + out[at, j], [0, x])
-                T.buffer_store(minus, minus[0, x] + out[at, self.half + j], [0, x])
-        add = lambda a, b: a + b  # noqa: E731
-        T.buffer_store(total, fold(plus, self.lanes, add), [0, 0])
-        T.buffer_store(total, fold(minus, self.lanes, add), [0, 1])
-        # NaN must not count as large: it is kept either way.
-        with T.If(tirx.any(total[0, 0] > f32(_SAFE), total[0, 1] > f32(_SAFE))), T.Then():
-            self._by_extremes(z, i, out, at, total)
-        for side in (0, 1):
-            scale = f32(1.0) / total[0, side]
-            if seen is not None:
-                scale = tirx.Select(seen, scale, f32(0.0))
-            T.buffer_store(total, scale, [0, side])
+    def _exponentials(self, z: Any, out: Any, row: Any, total: Any) -> None:
+        """Both exponentials of a tile, and total[0, 2 i + side] their sums."""
+        lanes, vectors_ = self.lanes, self.half // self.lanes
+        acc = scratch(2 * self.rows, lanes)
+        with T.serial(0, self.rows) as i:
+            for o in range(vectors_):
+                with T.vectorized(0, lanes) as x:
+                    j = o * lanes + x
+                    for side, value in enumerate(_both(z[i, j])):
+                        at = [row + i, side * self.half + j]
+                        T.buffer_store(out, self._real(o, x, value), at)
+            for side in (0, 1):
+                start = side * self.half
+                with T.vectorized(0, lanes) as x:
+                    value = out[row + i, start + x]
+                    for o in range(1, vectors_):
+                        value = value + out[row + i, start + o * lanes + x]
+                    T.buffer_store(acc, value, [2 * i + side, x])
+        row_sums(acc, 2 * self.rows, lanes, total, 0)
+
+    def _large(self, total: Any, number: int) -> Any:
+        """How many sums say that numbers were too far from zero. NaN is none: it is kept anyway."""
+        step, found = min(number, self.lanes), f32(0.0)
+        for n in range(0, number, step):
+            large = whole(total, 0, lanes=step, start=n) > all_lanes(_SAFE, step)
+            flags = tirx.Select(large, all_lanes(1.0, step), all_lanes(0.0, step))
+            found = found + sums([flags], step)
+        return found
+
+    def _normalise(self, out: Any, at: Any, total: Any, i: Any, seen: Any) -> None:
         for side in (0, 1):
             for o in range(self.half // self.lanes):
                 with T.vectorized(0, self.lanes) as x:
                     j = side * self.half + o * self.lanes + x
-                    value = out[at, j] * total[0, side]
+                    value = out[at, j] * total[0, 2 * i + side]
                     if seen is not None:  # also where the feature is NaN
                         value = tirx.Select(seen, value, f32(0.0))
                     T.buffer_store(out, value, [at, j])
@@ -197,7 +210,7 @@ class Pair(Rows):
             vectors(self.R, self.lanes, put)
             value = lambda j, start=start: out[at, start + j]  # noqa: E731
             z_sum = reduce_row(self.R, self.lanes, value, lambda a, b: a + b, 0.0)
-            T.buffer_store(total, z_sum, [0, side])
+            T.buffer_store(total, z_sum, [0, 2 * i + side])
 
 
 def _horner(x: Any, coefficients: list[float]) -> Any:
@@ -207,24 +220,47 @@ def _horner(x: Any, coefficients: list[float]) -> Any:
     return y
 
 
-def _parts(z: Any) -> tuple[Any, Any]:
-    """(the bits of 2^n, r) with z = n + r, |r| <= 1/2, |z| < 2^22."""
+def _parts(z: Any, body: Callable[[Any, Any], Any]) -> Any:
+    """body(the bits of 2^n, r) with z = n + r, |r| <= 1/2, |z| < 2^22."""
+
+    def of(t: Any) -> Any:
+        r = z - (tirx.reinterpret("float32", t) - f32(_SHIFT))
+        return _let("r", r, lambda r: body(t << tirx.const(23, "int32"), r))
+
     # As an integer in between, or TVM's simplifier would cancel adding and subtracting the shift.
-    t = tirx.reinterpret("int32", z + f32(_SHIFT))
-    r = z - (tirx.reinterpret("float32", t) - f32(_SHIFT))
-    return t << tirx.const(23, "int32"), r
+    return _let("t", tirx.reinterpret("int32", z + f32(_SHIFT)), of)
 
 
 def _both(z: Any) -> tuple[Any, Any]:
     """2^z and 2^-z for |z| <= 126 (clamped to it)."""
-    bits, r = _parts(at_most(at_least(z, -_CLAMP), _CLAMP))
-    even, odd = _horner(r * r, _EVEN), r * _horner(r * r, _ODD)
-    other = tirx.const(254 << 23, "int32") - bits
-    power = tirx.reinterpret("float32", bits)
-    return (even + odd) * power, (even - odd) * tirx.reinterpret("float32", other)
+
+    def value(side: int, bits: Any, r: Any) -> Any:
+        def of(r2: Any) -> Any:
+            even, odd = _horner(r2, _EVEN), r * _horner(r2, _ODD)
+            other = tirx.const(254 << 23, "int32") - bits
+            power = tirx.reinterpret("float32", other if side else bits)
+            return (even - odd if side else even + odd) * power
+
+        return _let("r2", r * r, of)
+
+    def one(side: int) -> Any:
+        clamped = at_most(at_least(z, -_CLAMP), _CLAMP)
+        return _let("c", clamped, lambda c: _parts(c, lambda bits, r: value(side, bits, r)))
+
+    return one(0), one(1)
+
+
+def _let(name: str, value: Any, body: Callable[[Any], Any]) -> Any:
+    """body(value), the value computed once: expressions that share parts grow too fast."""
+    var = tirx.Var(name, str(value.ty.dtype) if hasattr(value, "ty") else value.dtype)
+    return tirx.Let(var, value, body(var))
 
 
 def _power(z: Any) -> Any:
     """2^z for z <= 0; 0 below -127."""
-    bits, r = _parts(at_least(z, -127.0))
-    return (_horner(r * r, _EVEN) + r * _horner(r * r, _ODD)) * tirx.reinterpret("float32", bits)
+
+    def value(bits: Any, r: Any) -> Any:
+        p = _let("r2", r * r, lambda r2: _horner(r2, _EVEN) + r * _horner(r2, _ODD))
+        return p * tirx.reinterpret("float32", bits)
+
+    return _let("c", at_least(z, -127.0), lambda c: _parts(c, value))

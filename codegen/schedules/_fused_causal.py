@@ -12,8 +12,9 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from codegen.kernels.folds import power_of_two
 from codegen.kernels.linear_attention import CHUNK
-from codegen.kernels.tiles import ROWS, imax, imin, reduce_row, scratch, store, tile, up, vectors
+from codegen.kernels.tiles import ROWS, fill, imax, imin, scratch, store, tile, up, vectors
 from codegen.kernels.vector_math import f32
 from codegen.schedules._fused_linear import Part, Shared
 
@@ -130,7 +131,7 @@ class Causal(Shared):
         self, b: Any, h: Any, first: Any, row: Any, query: Any, state: Part, norm: Part
     ) -> None:
         rows, width = self.fq.rows, self.width
-        scores, bottom = scratch(rows, self.size), scratch(rows, 1)
+        scores, bottom = scratch(rows, self.size), scratch(1, power_of_two(rows))
         used = imin((row + rows + width - 1) // width, self.size // width)
         with T.serial(0, used) as p:
             tile(
@@ -146,10 +147,11 @@ class Causal(Shared):
                 width=width,
             )
 
-        def inside(i: Any) -> Any:
-            return reduce_row(used + 0, width, lambda x: scores[i, x], lambda a, b: a + b, 0.0)
-
-        self.bottoms(query, rows, norm, bottom, inside)
+        sums = scratch(rows, self.lanes)
+        fill(sums, rows, self.lanes)
+        with T.serial(0, used * 2) as o, T.unroll(0, rows) as i, T.vectorized(0, self.lanes) as x:
+            T.buffer_store(sums, sums[i, x] + scores[i, o * self.lanes + x], [i, x])
+        self.bottoms(query, rows, norm, bottom, 0, lambda i, x: sums[i, x])
         for e0, columns in self.columns:
             near = (
                 imin(row + rows, self.size),
@@ -163,7 +165,7 @@ class Causal(Shared):
                 query,
                 [near, before],
                 lambda i, e, s, o=whole: T.buffer_store(  # type: ignore[misc]
-                    o, s * bottom[i, 0], [i, e]
+                    o, s * bottom[0, i], [i, e]
                 ),
                 rows=rows,
                 width=columns,

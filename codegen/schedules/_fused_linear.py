@@ -7,26 +7,26 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from codegen.kernels.folds import all_lanes, power_of_two, put, row_sums, whole
 from codegen.kernels.fused_linear import FusedFacts
 from codegen.kernels.tiles import (
     ROWS,
     imin,
     load,
     panels,
-    reduce_row,
     scratch,
     store,
     tile,
     up,
     vectors,
 )
-from codegen.kernels.vector_math import at_least, f32
+from codegen.kernels.vector_math import f32
 from codegen.schedules._common import threads
 from codegen.schedules._features import Elu, Pair, Rows
 from codegen.target import Target
 
 KEYS = 64  # of one block
-QUERIES = 32
+QUERIES = 64
 
 
 class Shared:
@@ -109,15 +109,26 @@ class Shared:
             with T.unroll(0, most) as i, T.vectorized(0, self.lanes) as x:
                 norm.put(acc[i, x], at(i, x))
 
-    def bottoms(self, queries: Any, rows: int, norm: Any, bottom: Any, base: Any) -> None:
-        """bottom[i] = 1 / max(base(i) + queries_i . norm, eps)."""
-        with T.serial(0, rows) as i:
-            add = lambda a, b: a + b  # noqa: E731
-            dot = reduce_row(self.F, self.lanes, lambda r: queries(i, r) * norm(r), add, 0.0)
-            T.buffer_store(bottom, dot if base is None else dot + base(i), [i, 0])
-            # One division for a row; the definition divides each element, equal within rounding.
-            safe = at_least(bottom[i, 0], self.facts.eps)
-            T.buffer_store(bottom, f32(1.0) / safe, [i, 0])
+    def bottoms(self, queries: Any, rows: int, norm: Any, into: Any, at: Any, near: Any) -> None:
+        """into[at, i] = 1 / max(queries(i) . norm + the lanes of near(i), eps), for one tile.
+
+        `near(i, x)`: lane x of what else a row adds; None for nothing.
+        """
+        lanes = self.lanes
+        acc = scratch(rows, lanes)
+        with T.unroll(0, rows) as i, T.vectorized(0, lanes) as x:
+            T.buffer_store(acc, f32(0.0) if near is None else near(i, x), [i, x])
+        with T.serial(0, self.F // lanes) as o, T.unroll(0, rows) as i, T.vectorized(0, lanes) as x:
+            r = o * lanes + x
+            T.buffer_store(acc, acc[i, x] + queries(i, r) * norm(r), [i, x])
+        row_sums(acc, rows, lanes, into, at)
+        number = power_of_two(rows)
+        step = min(number, lanes)
+        # One division for a row; the definition divides each element, equal within rounding.
+        for n in range(0, number, step):
+            value, eps = whole(into, at, lanes=step, start=n), all_lanes(self.facts.eps, step)
+            value = tirx.Select(value < eps, eps, value)  # keeps NaN
+            put(into, all_lanes(1.0, step) / value, at, lanes=step, start=n)
 
     def sum_keys(self, bg: Any, entry: Any, first: Any, last: Any, ragged: bool) -> None:
         """state[bg, entry], norm[bg, entry] = the sums over keys first <= j < last.

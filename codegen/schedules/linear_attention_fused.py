@@ -13,6 +13,7 @@ import tvm.s_tir
 from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels.attention import facts_of
+from codegen.kernels.folds import power_of_two
 from codegen.kernels.fused_linear import FusedFacts
 from codegen.kernels.tiles import build, imin, scratch, tile, up, vectors
 from codegen.kernels.views import take_layout
@@ -83,9 +84,11 @@ class Whole(Shared):
         if self.T % size:
             tiles = imin(tiles, (self.T - first + rows - 1) // rows)
         self.fq.block(b, h, first, tiles, features, None)
-        bottom = scratch(size, 1)
+        bottom = scratch(size // rows, power_of_two(rows))
         norm = Part(self.norm, bg, 0)
-        self.bottoms(lambda i, r: features[i, r], tiles * rows, norm, bottom, None)
+        with T.serial(0, tiles) as t:
+            query = lambda i, r: features[t * rows + i, r]  # noqa: E731
+            self.bottoms(query, rows, norm, bottom, t, None)
         for e0, width in self.columns:
             with T.serial(0, tiles) as t:
                 whole = scratch(rows, width)
@@ -94,7 +97,7 @@ class Whole(Shared):
                     lambda r, e, e0=e0: self.state[bg, 0, r, e0 + e],  # type: ignore[misc]
                     self.F,
                     lambda i, e, s, t=t, o=whole: T.buffer_store(  # type: ignore[misc]
-                        o, s * bottom[t * rows + i, 0], [i, e]
+                        o, s * bottom[t, i], [i, e]
                     ),
                     rows=rows,
                     width=width,
