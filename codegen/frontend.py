@@ -13,7 +13,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from codegen import tvm_env
 from codegen.converters import converters
-from codegen.converters.attention import convert_form
+from codegen.converters.attention import convert_form, convert_step
 from codegen.fold import fold_constants
 from codegen.index_ranges import index_range
 from codegen.specs import TensorSpec
@@ -29,7 +29,7 @@ KEPT = (
     "layer_norm.default", "rms_norm.default", "softmax.int", "silu.default",
     "embedding.default", "group_norm.default",
 )  # fmt: skip
-_FORM_PREFIX = "attnform_"
+_FORM_PREFIX, _STEP_PREFIX = "attnform_", "attnstep_"
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,8 @@ def _conversions(ep: ExportedProgram) -> dict[str, Any]:
         name = getattr(node.target, "__name__", "")
         if node.op == "call_function" and name.startswith(_FORM_PREFIX):
             found[name] = convert_form
+        if node.op == "call_function" and name.startswith(_STEP_PREFIX):
+            found[name] = convert_step
     return found
 
 

@@ -16,6 +16,7 @@ from codegen.kernels import attention, feature_maps, fused_linear, linear_attent
 from codegen.kernels.attention import AttentionFacts, attributes
 from codegen.kernels.fused_linear import FusedFacts
 from codegen.kernels.views import VIEWS, Layout
+from codegen.kit_decode import DecodeKernels
 from codegen.kit_hash import HashKernels
 from codegen.kit_maps import MapKernels
 from codegen.producers import Features, features_of_both
@@ -26,7 +27,7 @@ from passes.errors import LoweringError
 _DTYPES = ("float32", "float16")
 
 
-class Kit(HashKernels, MapKernels):
+class Kit(HashKernels, MapKernels, DecodeKernels):
     """Kernels at hand, written into `builder` for `target`."""
 
     def __init__(self, builder: Any, target: Target) -> None:

@@ -26,6 +26,23 @@ def convert_form(node: Any, importer: Any) -> Any:
     return form.kernel(kit, spec, named, env[q], env[k], env[v], *masks)
 
 
+def convert_step(node: Any, importer: Any) -> Any:
+    """``rewriter_forms::attnstep_*`` -> the form's own step kernel: (out, *new state)."""
+    from codegen.kit import Kit
+    from passes.decode_form import Streaming
+    from passes.seal import read_spec
+
+    q, k, v, state, position, params, text = node.args
+    form, spec = read_spec(text)
+    assert isinstance(form, Streaming)
+    env = importer.env
+    named = dict(zip(form.param_names(), [env[p] for p in params], strict=True))
+    kit = Kit(importer.block_builder, current_target())
+    held = [env[s] for s in state]
+    out, new = form.step_kernel(kit, spec, named, env[q], env[k], env[v], held, env[position])
+    return (out, *new)
+
+
 def convert_sdpa(node: Any, importer: Any) -> Any:
     """``aten.scaled_dot_product_attention`` as products around a softmax.
 

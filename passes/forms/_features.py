@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from passes.form import Form, FormSpec, Params, Verdict
+from passes.decode_form import LinearStreaming
+from passes.form import FormSpec, Params, Verdict
 from passes.forms._linear import (
     accumulate_dtype,
     count_dtype,
@@ -31,7 +32,7 @@ HIGHEST = 60.0  # exponents above it would overflow in float32 sums over tokens
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-class FeatureForm(Form):
+class FeatureForm(LinearStreaming):
     """phi(q) (phi(k)^T v) / phi(q) sum(phi(k)). Dropout on weights has no counterpart."""
 
     family = "kernelised"

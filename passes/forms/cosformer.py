@@ -68,6 +68,10 @@ class Cosformer(FeatureForm):
             )
         return super().applies(site)
 
+    def streams(self, site: AttentionSite) -> Verdict:
+        """Not token by token: a feature depends on the token's position, which a step hides."""
+        return no(Reason.LENGTH, f"cosformer weighs tokens by position; {site.id} gives it none")
+
     def width(self, site: AttentionSite) -> int:
         """2 D."""
         return 2 * site.dims.D

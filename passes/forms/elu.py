@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from passes.form import Form, FormSpec, Paper, Params, Verdict
+from passes.decode_form import LinearStreaming
+from passes.form import FormSpec, Paper, Params, Verdict
 from passes.forms._linear import (
     accumulate_dtype,
     elu1_ops,
@@ -25,7 +26,7 @@ from passes.site import AttentionSite
 EPS = 1e-6
 
 
-class Elu(Form):
+class Elu(LinearStreaming):
     """phi(x) = elu(x) + 1 on query and key, no parameters, no scale.
 
     Made for models trained with it: in place of a trained softmax it averages almost evenly.
@@ -42,6 +43,23 @@ class Elu(Form):
     )
     formula = "phi(q) (phi(k)^T v) / phi(q) sum(phi(k)),  phi(x) = elu(x) + 1"
     needs = "training"
+    eps = EPS
+
+    def features(
+        self, spec: FormSpec, params: Params, q: torch.Tensor, k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """phi(q), phi(k)."""
+        return _phi(q), _phi(k)
+
+    def width(self, site: AttentionSite) -> int:
+        """D."""
+        return site.dims.D
+
+    def map_kernels(
+        self, kit: Any, spec: FormSpec, params: Mapping[str, Any], q: Any, k: Any
+    ) -> tuple[Any, Any]:
+        """Two maps."""
+        return kit.elu1(q), kit.elu1(k)
 
     def applies(self, site: AttentionSite) -> Verdict:
         """Causal and padding masks; no bias, no window, no mask tensor."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from passes.form import Form, FormSpec, Paper, Params, Verdict
+from passes.decode_form import CachedStreaming
+from passes.form import FormSpec, Paper, Params, Verdict
 from passes.forms._linear import (
     accumulate_dtype,
     count_dtype,
@@ -21,7 +22,7 @@ from passes.opcount import OpCount
 from passes.site import AttentionSite
 
 
-class Exact(Form):
+class Exact(CachedStreaming):
     """Softmax attention with any mask.
 
     A query that sees no key (all hidden by `key_mask`, a bool `bias`, -inf in a float `bias`,

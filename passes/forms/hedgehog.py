@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from passes.decode_form import LinearStreaming
 from passes.errors import UsageError
-from passes.form import Form, FormConfig, FormSpec, Paper, Params, Verdict
+from passes.form import FormConfig, FormSpec, Paper, Params, Verdict
 from passes.forms._linear import (
     accumulate_dtype,
     fused,
@@ -45,7 +46,7 @@ class HedgehogConfig(FormConfig):
             raise UsageError(f"feature_dim: a whole number from 0 to 1024, got {self.feature_dim}")
 
 
-class Hedgehog(Form):
+class Hedgehog(LinearStreaming):
     """phi(x) = [softmax(y), softmax(-y)] with y = sqrt(scale) x W, W learned per head.
 
     `w_q` [H, D, R] and `w_k` [G, D, R] start as an identity, and rotations of it beyond D columns;
@@ -65,6 +66,27 @@ class Hedgehog(Form):
     trainable = True
     needs = "short fit"
     Config = HedgehogConfig
+    eps = EPS
+
+    def features(
+        self, spec: FormSpec, params: Params, q: torch.Tensor, k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Softmax pairs of the learned maps."""
+        return _phi(q, params["w_q"], spec), _phi(k, params["w_k"], spec)
+
+    def width(self, site: AttentionSite) -> int:
+        """2 R."""
+        return 2 * self._width(site)
+
+    def map_kernels(
+        self, kit: Any, spec: FormSpec, params: Mapping[str, Any], q: Any, k: Any
+    ) -> tuple[Any, Any]:
+        """Project and softmax pair."""
+        root = _root(spec.scale)
+        return (
+            kit.softmax_pair(kit.project(q, params["w_q"], scale=root)),
+            kit.softmax_pair(kit.project(k, params["w_k"], scale=root)),
+        )
 
     def applies(self, site: AttentionSite) -> Verdict:
         """Causal and padding masks; no bias, no window, no mask tensor."""
@@ -130,9 +152,7 @@ class Hedgehog(Form):
         bias: Any = None,
     ) -> Any:
         """Project, softmax pair, sums."""
-        root = _root(spec.scale)
-        fq = kit.softmax_pair(kit.project(q, params["w_q"], scale=root))
-        fk = kit.softmax_pair(kit.project(k, params["w_k"], scale=root))
+        fq, fk = self.map_kernels(kit, spec, params, q, k)
         return kit.linear_attention(fq, fk, v, key_mask=key_mask, causal=spec.causal, eps=EPS)
 
 

@@ -1,0 +1,214 @@
+"""Kernels of one decoding step: new tokens join a state that stays in memory between calls.
+
+Each is written as it runs (vectors, registers, one task for each batch and key/value head); the
+rule ``decode`` hands it on. The state's buffers are arguments that are read and written: a caller
+uses `call_tir_inplace`. Letters as in passes/site.py; sums are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from codegen.kernels.attention import MINIMUM
+from codegen.kernels.tiles import load, reduce_row, scratch, store, tile, vectors
+from codegen.kernels.vector_math import f32, vexp_weight
+
+NAME = "decode"
+ROWS = 4  # query heads that share the keys they read
+WIDTH = 64  # values of one row held in registers
+Tensor = tuple[Sequence[int], str]  # shape and type
+
+
+def _build(tensors: dict[str, Tensor], body: Any) -> Any:
+    with IRBuilder() as ib, T.prim_func(s_tir=True):
+        T.func_name("main")
+        args = [T.arg(n, T.buffer([int(d) for d in s], t)) for n, (s, t) in tensors.items()]
+        T.func_attr({"tirx.noalias": True})
+        with T.sblock("root"):
+            body(*args)
+    return ib.get()
+
+
+def columns(n: int) -> list[tuple[int, int]]:
+    """(start, width) of column panels covering n: whole ones, then the rest."""
+    whole = [(s, WIDTH) for s in range(0, n - n % WIDTH, WIDTH)]
+    return whole + ([(n - n % WIDTH, n % WIDTH)] if n % WIDTH else [])
+
+
+def linear_step(eps: float, tensors: dict[str, Tensor], lanes: int) -> Any:
+    """fq, fk, v, sum, norm -> out: the state takes each new token, then its queries read it.
+
+    fq [B, H, T, R], fk [B, G, T, R], v [B, G, T, E], sum [B, G, R, E] and norm [B, G, R] float32;
+    out [B, H, T, E] = fq sum / max(fq norm, eps).
+    """
+
+    def body(fq: Any, fk: Any, v: Any, state: Any, norm: Any, out: Any) -> None:
+        (_, h_, t_, r_), (b_, g_, _, e_) = _sizes(fq), _sizes(v)
+        group = h_ // g_
+        with T.parallel(0, b_ * g_) as bg:
+            b, g = bg // g_, bg % g_
+            with T.serial(0, t_) as t:
+                with T.serial(0, r_) as r:
+                    _add(state, [b, g, r], e_, lanes, load(fk, b, g, t, r), v, [b, g, t])
+                _add(norm, [b, g], r_, lanes, f32(1.0), fk, [b, g, t])
+                for first in range(0, group, ROWS):
+                    rows = min(ROWS, group - first)
+                    head = g * group + first
+                    _read(fq, state, norm, out, (b, g, head, t), rows, r_, e_, lanes, eps)
+
+    return _build(tensors, body)
+
+
+def _add(
+    buffer: Any, at: list[Any], width: int, lanes: int, factor: Any, x: Any, index: list[Any]
+) -> None:
+    """buffer[at, :] += factor * x[index, :]."""
+    held = scratch(1)
+    T.buffer_store(held, factor, [0])
+    vectors(
+        width,
+        lanes,
+        lambda e: T.buffer_store(buffer, buffer[(*at, e)] + held[0] * load(x, *index, e), [*at, e]),
+    )
+
+
+def _read(
+    fq: Any,
+    state: Any,
+    norm: Any,
+    out: Any,
+    at: tuple[Any, Any, Any, Any],
+    rows: int,
+    features: int,
+    width: int,
+    lanes: int,
+    eps: float,
+) -> None:
+    b, g, head, t = at
+    under = scratch(rows)
+    for i in range(rows):  # unrolled here: every row has accumulators of its own
+        total = reduce_row(
+            features,
+            lanes,
+            lambda r, i=i: load(fq, b, head + i, t, r) * norm[b, g, r],  # type: ignore[misc]
+            lambda x, y: x + y,
+            0.0,
+        )
+        T.buffer_store(under, f32(1.0) / tirx.max(total, f32(eps)), [i])
+    for start, panel in columns(width):
+        tile(
+            lambda i, r: load(fq, b, head + i, t, r),
+            lambda r, e, s=start: state[b, g, r, s + e],  # type: ignore[misc]
+            features,
+            lambda i, e, x, s=start: store(  # type: ignore[misc]
+                out, [b, head + i, t, s + e], x * under[i]
+            ),
+            rows=rows,
+            width=panel,
+        )
+
+
+def attention_step(scale: float, tensors: dict[str, Tensor], lanes: int) -> Any:
+    """q, k, v, position, keys, values -> out: softmax over all keys up to each query.
+
+    q [B, H, T, D], k [B, G, T, D], v [B, G, T, E], position [B, T] int64 (the first is read),
+    keys [B, G, N, D, block], values [B, G, N * block, E]; out [B, H, T, E]. The loops follow the
+    position; nothing behind it is used. The caller sees to position + T <= N * block.
+    """
+
+    def body(q: Any, k: Any, v: Any, position: Any, keys: Any, values: Any, out: Any) -> None:
+        (b_, h_, t_, d_), g_ = _sizes(q), _sizes(k)[1]
+        group, block = h_ // g_, _sizes(keys)[4]
+        first = tirx.Cast("int32", position[0, 0])
+        with T.parallel(0, b_ * g_) as bg:
+            b, g = bg // g_, bg % g_
+            with T.serial(0, t_) as t:
+                at = first + t
+                with T.serial(0, d_) as d:
+                    T.buffer_store(keys, k[b, g, t, d], [b, g, at // block, d, at % block])
+                vectors(
+                    _sizes(v)[3],
+                    lanes,
+                    lambda e: T.buffer_store(values, v[b, g, t, e], [b, g, at, e]),
+                )
+            with T.serial(0, t_) as t:
+                for start in range(0, group, ROWS):
+                    rows = min(ROWS, group - start)
+                    head = g * group + start
+                    seen = first + t + 1
+                    _attend(q, keys, values, out, (b, g, head, t), seen, rows, scale, lanes)
+
+    return _build(tensors, body)
+
+
+def _attend(
+    q: Any,
+    keys: Any,
+    values: Any,
+    out: Any,
+    at: tuple[Any, Any, Any, Any],
+    seen: Any,
+    rows: int,
+    scale: float,
+    lanes: int,
+) -> None:
+    b, g, head, t = at
+    (_, _, number, channels, block), width = _sizes(keys), _sizes(values)[3]
+    query, scores = scratch(rows, channels), scratch(rows, number * block)
+    for i in range(rows):
+        vectors(
+            channels,
+            lanes,
+            lambda d, i=i: T.buffer_store(  # type: ignore[misc]
+                query, load(q, b, head + i, t, d) * f32(scale), [i, d]
+            ),
+        )
+    blocks = (seen + block - 1) // block
+    with T.serial(0, blocks) as n:
+        tile(
+            lambda i, d: query[i, d],
+            lambda d, j: load(keys, b, g, n, d, j),
+            channels,
+            lambda i, j, x: T.buffer_store(
+                scores,
+                tirx.Select(n * block + j < seen, x, f32(MINIMUM)),
+                [i, n * block + j],
+            ),
+            rows=rows,
+            width=block,
+        )
+    under = scratch(rows)
+    for i in range(rows):
+        _softmax(scores, i, blocks * (block // lanes), lanes, under)
+    for start, panel in columns(width):
+        tile(
+            lambda i, j: scores[i, j],
+            lambda j, e, s=start: load(values, b, g, j, s + e),  # type: ignore[misc]
+            seen,
+            lambda i, e, x, s=start: store(  # type: ignore[misc]
+                out, [b, head + i, t, s + e], x * under[i]
+            ),
+            rows=rows,
+            width=panel,
+        )
+
+
+def _softmax(scores: Any, i: int, steps: Any, lanes: int, under: Any) -> None:
+    """scores[i] to exp(score - largest) over `steps` vectors, under[i] to 1 / their sum."""
+    top = scratch(1)
+    largest = reduce_row(steps, lanes, lambda j: scores[i, j], tirx.max, MINIMUM)
+    T.buffer_store(top, largest, [0])
+    with T.serial(0, steps) as o, T.vectorized(0, lanes) as j:
+        value = vexp_weight(scores[i, o * lanes + j] - top[0])
+        T.buffer_store(scores, value, [i, o * lanes + j])
+    total = reduce_row(steps, lanes, lambda j: scores[i, j], lambda x, y: x + y, 0.0)
+    T.buffer_store(under, f32(1.0) / total, [i])
+
+
+def _sizes(buffer: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in buffer.shape)
