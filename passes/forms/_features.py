@@ -107,6 +107,26 @@ class FeatureForm(LinearStreaming):
         return kit.linear_attention(fq, fk, v, key_mask=key_mask, causal=spec.causal, eps=self.eps)
 
 
+class WideFeatureForm(FeatureForm):
+    """A feature form whose features leave float16's range: 16-bit data is widened around them."""
+
+    def kernel(
+        self,
+        kit: Any,
+        spec: FormSpec,
+        params: Mapping[str, Any],
+        q: Any,
+        k: Any,
+        v: Any,
+        key_mask: Any = None,
+        bias: Any = None,
+    ) -> Any:
+        """Feature maps and sums of float32 values."""
+        dtype = kit.dtype(v)
+        q, k, v = (kit.cast(x, "float32") for x in (q, k, v))
+        return kit.cast(super().kernel(kit, spec, params, q, k, v, key_mask, bias), dtype)
+
+
 def root(scale: float) -> float:
     """What each of q and k is multiplied by for logits times `scale`."""
     return math.sqrt(abs(scale))

@@ -12,8 +12,8 @@ from passes.errors import UsageError
 from passes.form import FormConfig, FormSpec, Paper, Params
 from passes.forms import _random
 from passes.forms._features import (
-    FeatureForm,
     Pair,
+    WideFeatureForm,
     exp_key,
     exp_key_ops,
     exp_query,
@@ -42,7 +42,7 @@ class DijiangConfig(FormConfig):
             raise UsageError(f"seed: a whole number from 0, got {self.seed}")
 
 
-class Dijiang(FeatureForm):
+class Dijiang(WideFeatureForm):
     """Positive features of exp(scale q.k) over w = DCT frequencies at stratified Gaussian lengths.
 
     Where random features draw w, here the directions are the orthonormal DCT and its negative (with

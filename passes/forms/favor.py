@@ -13,8 +13,8 @@ from passes.errors import UsageError
 from passes.form import FormConfig, FormSpec, Paper, Params
 from passes.forms import _random
 from passes.forms._features import (
-    FeatureForm,
     Pair,
+    WideFeatureForm,
     exp_key,
     exp_key_ops,
     exp_query,
@@ -54,7 +54,7 @@ class FavorConfig(FormConfig):
             raise UsageError(f"seed: a whole number from 0, got {self.seed}")
 
 
-class Favor(FeatureForm):
+class Favor(WideFeatureForm):
     """phi(x) = exp(w.x - |x|^2/2) for R directions w; an unbiased estimate of exp(scale q.k).
 
     Queries are stabilised by the maximum of their own row; keys need nothing (the exponent is

@@ -11,8 +11,8 @@ import torch
 from passes.errors import UsageError
 from passes.form import FormConfig, FormSpec, Paper, Params, Reason, Verdict, no
 from passes.forms._features import (
-    FeatureForm,
     Pair,
+    WideFeatureForm,
     head_norm,
     head_norm_ops,
     polynomial,
@@ -39,7 +39,7 @@ class RebasedConfig(FormConfig):
             raise UsageError(f"rank: 0 or a whole number from 2 to 256, got {self.rank}")
 
 
-class Rebased(FeatureForm):
+class Rebased(WideFeatureForm):
     """Weights (q'.k')^2 with q', k' layer normed with their own gamma and beta per head.
 
     Beta moves the parabola's lowest point, so a weight can be learned to be 0 (which Taylor's

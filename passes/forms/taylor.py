@@ -12,8 +12,8 @@ import torch
 from passes.errors import UsageError
 from passes.form import FormConfig, FormSpec, Paper, Params
 from passes.forms._features import (
-    FeatureForm,
     Pair,
+    WideFeatureForm,
     polynomial,
     polynomial_ops,
     polynomial_width,
@@ -40,7 +40,7 @@ class TaylorConfig(FormConfig):
             raise UsageError(f"rank: a whole number from 0 to 256, got {self.rank}")
 
 
-class Taylor(FeatureForm):
+class Taylor(WideFeatureForm):
     """Weights 1 + t + t^2/2 of t = scale (q w_q).(k w_k): exp(t) to second order, at least 1/2.
 
     `w_q` [H, D, d] and `w_k` [G, D, d] start as one random subspace per group, lengthened so that
