@@ -139,6 +139,8 @@ def _before(node: Node, projected: bool) -> list[Node]:
     inputs = node.all_input_nodes
     if op in PERMUTES | COPIES | _DEEP or op in ("conv", "layer_norm", "dropout", "roll", "pad"):
         return inputs[:1]
+    if op == "index":  # some heads of a fused projection; of a table it is a lookup
+        return _activations(inputs[:1])
     if op in _PROJECTIONS:
         return [] if projected else _activations(inputs)
     if op in ("add", "sub", "cat"):

@@ -13,10 +13,15 @@ from passes.find import Found, find
 from passes.site import AttentionSite
 from passes.trace import trace
 from passes.traced import Traced
-from tests.zoo import plain_torch, text, vision
+from tests.zoo import later, plain_torch, text, vision
 from tests.zoo.entry import Entry
 
-ENTRIES: tuple[Entry, ...] = (*text.ENTRIES, *vision.ENTRIES, *plain_torch.ENTRIES)
+ENTRIES: tuple[Entry, ...] = (
+    *text.ENTRIES,
+    *vision.ENTRIES,
+    *plain_torch.ENTRIES,
+    *later.ENTRIES,
+)
 
 
 def spread(model: torch.nn.Module) -> None:
