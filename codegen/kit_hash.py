@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from codegen.kernels import hamming
+from codegen.kernels import angular, hamming
 from passes.errors import LoweringError
 
 
@@ -19,6 +19,37 @@ class HashKernels:
         """
         args = self._data(x=x, anchors=anchors, centre=centre, mix=mix, rate=rate)
         return self._te(hamming.hash_codes, args, "hash_codes", "hash_codes", {})
+
+    def width(self: Any, x: Any) -> int:
+        """The size of the last axis."""
+        (x,) = self._data(x=x)
+        return int(x.ty.shape[-1])
+
+    def sign_codes(self: Any, x: Any, threshold: Any) -> Any:
+        """Bits x / |x| > threshold as packed words: x [B, H, T, D] -> uint32 [B, H, T, W].
+
+        threshold [G] float32 with H % G == 0; W = ceil(D / 32).
+        """
+        args = self._data(x=x, threshold=threshold)
+        return self._te(angular.sign_codes, args, "sign_codes", "sign_codes", {})
+
+    def angular_attention(
+        self: Any, cq: Any, ck: Any, v: Any, conv: Any, *, key_mask: Any = None, bits: int
+    ) -> Any:
+        """y / |y| + DW(v) with y = v / 2 + c_q (c_k^T v) / pi: [B, H, T, E] in v's dtype.
+
+        cq [B, H, T, W], ck [B, G, T, W] uint32, v [B, G, T, E], conv [G, taps], key_mask
+        [B or 1, T] bool. Hidden tokens have the value 0.
+        """
+        v, conv = self._data(v=v, conv=conv)
+        rest = [] if key_mask is None else [self.builder.normalize(key_mask)]
+        args = [self.builder.normalize(cq), self.builder.normalize(ck), v, conv, *rest]
+        facts = {"bits": bits}
+
+        def define(*tensors: Any) -> Any:
+            return angular.define(facts, *tensors)
+
+        return self._te(define, args, "angular_attention", "angular_attention", facts)
 
     def hamming_attention(
         self: Any,

@@ -134,6 +134,8 @@ class Form(ABC):
     trainable: ClassVar[bool] = False
     needs: ClassVar[str] = "nothing"  # or "short fit", "training"
     straight_through: ClassVar[bool] = False  # piecewise constant in q and k: gradients are made up
+    weighted: ClassVar[bool] = True  # the output is `weights` times the values
+    free: ClassVar[frozenset[str]] = frozenset()  # trained parameters of a form not `trainable`
     normalised: ClassVar[bool] = True  # rows of `weights` sum to one, weights @ v is the output
     local: ClassVar[bool] = False  # a query sees keys near it only, which may all be hidden
     Config: ClassVar[type[FormConfig]] = FormConfig

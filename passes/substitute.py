@@ -37,8 +37,8 @@ class AttentionModule(nn.Module):
     """What stands at a site: `form` with its parameters; trains.
 
     `params` are the form's parameters, float32 until the module is cast; those of a form that is
-    not `trainable` (a hash, random features) take no gradient. The dropout of the
-    site's softmax is applied by `exact` while training; other forms have none.
+    not `trainable` (a hash, random features) take no gradient unless it names them `free`. The
+    dropout of the site's softmax is applied by `exact` while training; other forms have none.
     """
 
     def __init__(self, site: AttentionSite, form: Form) -> None:
@@ -48,7 +48,8 @@ class AttentionModule(nn.Module):
             raise FormError(f"{form.name} can not stand at {site.id}: {verdict}")
         self.site, self.form, self.spec = site, form, form.spec(site)
         self.params = nn.ParameterDict(form.init_params(site))
-        self.params.requires_grad_(form.trainable)
+        for name, param in self.params.items():
+            param.requires_grad_(form.trainable or name in form.free)
 
     def forward(
         self,

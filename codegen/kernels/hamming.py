@@ -74,11 +74,11 @@ def hash_codes(x: Any, anchors: Any, centre: Any, mix: Any, rate: Any) -> Any:
         lambda b, h, i, r: te.sum(kernel[b, h, i, j] * mix[h // share, j, r], axis=j),
         name="hash_bits",
     )
-    return _pack(u, bits)
+    return pack(u, bits, lambda *i: f32(0.0))
 
 
-def _pack(u: Any, bits: int) -> Any:
-    """Signs of u [..., b] as words."""
+def pack(u: Any, bits: int, level: Any) -> Any:
+    """Words of the bits u [..., b] > level(*index)."""
     many = -(-bits // WORD)
     r = te.reduce_axis((0, bits if many == 1 else WORD), name="r")
 
@@ -86,9 +86,10 @@ def _pack(u: Any, bits: int) -> Any:
         place = i[-1] * WORD + r if many > 1 else r
         sign = u(*i[:-1], place)
         if many > 1:
-            sign = tirx.if_then_else(place < bits, sign, f32(0.0))
+            # What fills the last word up is no bit: not above any level.
+            sign = tirx.if_then_else(place < bits, sign, tirx.min_value("float32"))
         one = u32(1) << tirx.Cast("uint32", r)
-        return te.sum(tirx.Select(sign > f32(0.0), one, u32(0)), axis=r)
+        return te.sum(tirx.Select(sign > level(*i), one, u32(0)), axis=r)
 
     return te.compute((*u.shape[:-1], many), word, name="hash_words")
 

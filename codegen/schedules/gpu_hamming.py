@@ -12,8 +12,8 @@ from codegen.target import Target
 
 
 def apply(func: Any, target: Target) -> Any | None:
-    """For the kernels of codegen/kernels/hamming.py that are not causal."""
-    if facts_of(func, "hash_codes") is None:
+    """For the kernels of codegen/kernels/hamming.py and angular.py that are not causal."""
+    if all(facts_of(func, n) is None for n in ("hash_codes", "sign_codes", "angular_attention")):
         facts = facts_of(func, "hamming_attention")
         if facts is None or facts["causal"]:
             return None

@@ -53,10 +53,15 @@ class _Shared:
         vectors(self.Ep, self.lanes, body)
 
 
-class _Whole(_Shared):
+class Tables(_Shared):
     """Bidirectional."""
 
+    def take(self, value: Any, turn: Any) -> Any:
+        """What a code bit makes of a value; the sign bit of `turn` is set where the bit is not."""
+        return signed(value, turn)
+
     def write(self) -> None:
+        """Buckets, tables, reads."""
         heads = self.B * self.G
         self.tables = -(-self.bits // NIBBLE)
         self.pieces = max(1, min(self.S // PIECE, -(-TASKS // heads)))
@@ -75,7 +80,7 @@ class _Whole(_Shared):
             bh, first = n // tasks, (n % tasks) * READS
             number = imin(READS, self.T - first) if self.T % READS else READS
             with T.serial(0, number) as i:
-                self._read(bh // self.H, bh % self.H, first + i)
+                self.read(bh // self.H, bh % self.H, first + i)
 
     def entry(self, words: Any, at: list[Any], n: int) -> Any:
         """The entry of table `n` that a code selects."""
@@ -146,10 +151,10 @@ class _Whole(_Shared):
             self.padded(lambda e: T.buffer_store(state, f32(0.0), [r, e]))
             with T.serial(0, entries) as x:
                 turn = flip(tirx.Cast("uint32", x), r)
-                T.buffer_store(z, z[r, 0] + signed(self.counts[bg, 0, n, x], turn), [r, 0])
+                T.buffer_store(z, z[r, 0] + self.take(self.counts[bg, 0, n, x], turn), [r, 0])
                 self.padded(
                     lambda e: T.buffer_store(
-                        state, state[r, e] + signed(self.sums[bg, 0, n, x, e], turn), [r, e]
+                        state, state[r, e] + self.take(self.sums[bg, 0, n, x, e], turn), [r, e]
                     )
                 )
         if n == 0:
@@ -159,12 +164,12 @@ class _Whole(_Shared):
             self.padded(lambda e: T.buffer_store(self.sums, base[0, e], [bg, 0, n, x, e]))
             with T.serial(0, bits) as r:
                 turn = flip(tirx.Cast("uint32", x), r)
-                more = self.counts[bg, 0, n, x] + signed(z[r, 0], turn)
+                more = self.counts[bg, 0, n, x] + self.take(z[r, 0], turn)
                 T.buffer_store(self.counts, more, [bg, 0, n, x])
                 self.padded(
                     lambda e: T.buffer_store(
                         self.sums,
-                        self.sums[bg, 0, n, x, e] + signed(state[r, e], turn),
+                        self.sums[bg, 0, n, x, e] + self.take(state[r, e], turn),
                         [bg, 0, n, x, e],
                     )
                 )
@@ -183,7 +188,8 @@ class _Whole(_Shared):
         T.buffer_store(number, number[0, 0] * beta, [0, 0])
         vectors(self.Ep, self.lanes, lambda e: T.buffer_store(base, base[0, e] * beta, [0, e]))
 
-    def _read(self, b: Any, h: Any, i: Any) -> None:
+    def read(self, b: Any, h: Any, i: Any) -> None:
+        """One query."""
         g = h // self.share
         bg = b * self.G + g
         at, bottom = T.sblock_alloc_buffer((self.tables,), "int32"), scratch(1, 1)
@@ -290,7 +296,7 @@ def apply(func: Any, target: Target) -> Any | None:
     facts = facts_of(func, NAME)
     if facts is None:
         return None
-    kind = _Causal if facts["causal"] else _Whole
+    kind = _Causal if facts["causal"] else Tables
     return tvm.s_tir.Schedule(build(func, lambda *args: kind(facts, target.lanes, args).write()))
 
 

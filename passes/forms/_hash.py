@@ -15,7 +15,7 @@ The gradient of the sign is that of the identity where |u| < 1, else 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from passes.forms._linear import accumulate_dtype
 from passes.opcount import OpCount
+from passes.site import AttentionSite
 
 NAMES = ("anchors", "centre", "mix", "rate")
 TINY = 1e-12
@@ -123,6 +124,18 @@ def hash_ops(rows: int, groups: int, d: int, m: int, b: int, item: int) -> OpCou
     )
     many = rows * padded
     return count + OpCount.of("uint32", select=many, shift=many, add=many)
+
+
+def last_stage(site: AttentionSite, sites: Sequence[AttentionSite]) -> str:
+    """Why the last stage of a pyramid keeps its softmax; "" for any other site.
+
+    A pyramid has reduced attention; its last stage is not reduced and has the fewest tokens.
+    """
+    tokens = [s.dims.T for s in sites if isinstance(s.dims.T, int)]
+    pyramid = any(s.reduced for s in sites) and len(tokens) == len(sites)
+    if pyramid and not site.reduced and min(tokens) == site.dims.T:
+        return "the last stage keeps its softmax, as in the paper"
+    return ""
 
 
 def least_margin(*projected: Tensor) -> float:

@@ -129,11 +129,7 @@ class Hamming(Form):
 
     def spares(self, site: AttentionSite, sites: Sequence[AttentionSite]) -> str:
         """The last stage of a pyramid with reduced attention keeps its softmax."""
-        tokens = [s.dims.T for s in sites if isinstance(s.dims.T, int)]
-        pyramid = any(s.reduced for s in sites) and len(tokens) == len(sites)
-        if pyramid and not site.reduced and min(tokens) == site.dims.T:
-            return "the last stage keeps its softmax, as in the paper"
-        return ""
+        return _hash.last_stage(site, sites)
 
     def init_params(self, site: AttentionSite) -> dict[str, Tensor]:
         """A random hash for each key head: anchors, centre, mix, rate."""
