@@ -44,7 +44,7 @@ class _Hybrid(Sizes):
         self.Rp, self.width = up(self.R, ROWS), up(self.near, lanes)
         self.columns = self.T + self.width  # keys read beyond the last token are hidden
         heads = self.B * self.G
-        self.values = scratch(heads, self.T, self.Ep)
+        self.values = scratch(heads, self.columns, self.Ep)
         self.turned = scratch(heads, self.D, self.columns)
         self.keep = scratch(self.B, self.columns)
         self.part = scratch(heads, self.blocks, self.Rp, self.Ep)
@@ -52,8 +52,8 @@ class _Hybrid(Sizes):
 
     def write(self) -> None:
         heads = self.B * self.G
-        with T.parallel(0, heads * self.T) as n:
-            self._widen(n // self.T, n % self.T)
+        with T.parallel(0, heads * self.columns) as n:
+            self._widen(n // self.columns, n % self.columns)
         with T.parallel(0, heads * self.D) as n, T.serial(0, self.columns) as j:
             bg, d = n // self.D, n % self.D
             value = load(self.k, bg // self.G, bg % self.G, imin(j, self.T - 1), d)
@@ -73,17 +73,18 @@ class _Hybrid(Sizes):
             self._read(bh // self.H, bh % self.H, rest // tiles, rest % tiles)
 
     def _widen(self, bg: Any, j: Any) -> None:
-        """The values of a token, a one, zeros."""
+        """The values of a token, a one, zeros; all zero after the last token."""
         fill_ = lambda e: T.buffer_store(self.values, f32(0.0), [bg, j, e])  # noqa: E731
         vectors(self.Ep, self.lanes, fill_)
-        vectors(
-            self.E,
-            self.lanes,
-            lambda e: T.buffer_store(
-                self.values, load(self.v, bg // self.G, bg % self.G, j, e), [bg, j, e]
-            ),
-        )
-        T.buffer_store(self.values, f32(1.0), [bg, j, self.E])
+        with T.If(j < self.T), T.Then():
+            vectors(
+                self.E,
+                self.lanes,
+                lambda e: T.buffer_store(
+                    self.values, load(self.v, bg // self.G, bg % self.G, j, e), [bg, j, e]
+                ),
+            )
+            T.buffer_store(self.values, f32(1.0), [bg, j, self.E])
 
     def _sum(self, bg: Any, block: Any) -> None:
         """The state of one block of keys."""
@@ -145,31 +146,32 @@ class _Hybrid(Sizes):
         row, bg = part * rows, b * self.G + h // self.group
         first = imax(block - 1, 0) * self.C  # of the keys near
         powers, result = scratch(rows, self.width), scratch(rows, self.Ep)
+        query, features = scratch(rows, self.D), scratch(rows, self.R)
 
         def token(i: Any) -> Any:
             return imin(block * self.C + imin(row + i, self.C - 1), self.T - 1)
 
-        self._scores(b, h, bg, block, first, token, powers, rows)
+        scale = f32(self.facts.scale)
+        self._copy(rows, self.D, query, lambda i, d: load(self.q, b, h, token(i), d) * scale)
+        self._copy(rows, self.R, features, lambda i, r: load(self.fq, b, h, token(i), r))
+        self._scores(b, bg, block, first, token, query, powers)
         with T.serial(0, rows) as i:
             self._powers(h, powers, i)
-        # No key near is behind the last token; those that would be have power 0.
         for e0, width in panels(self.Ep, self.lanes):
-            parts = [
-                (
-                    self.near,
-                    lambda i, j: powers[i, j],
-                    lambda j, e, e0=e0: self.values[bg, imin(first + j, self.T - 1), e0 + e],
-                ),
-                (
-                    self.R,
-                    lambda i, r: load(self.fq, b, h, token(i), r),
-                    lambda r, e, e0=e0: self.far[bg, block, r, e0 + e],
-                ),
-            ]
+            near = (
+                self.near,
+                lambda i, j: powers[i, j],
+                lambda j, e, e0=e0: self.values[bg, first + j, e0 + e],
+            )
+            far = (
+                self.R,
+                lambda i, r: features[i, r],
+                lambda r, e, e0=e0: self.far[bg, block, r, e0 + e],
+            )
             tile(
-                None,  # type: ignore[arg-type]
-                None,  # type: ignore[arg-type]
-                parts,
+                near[1],
+                near[2],
+                [near, far],
                 lambda i, e, s, e0=e0: T.buffer_store(result, s, [i, e0 + e]),  # type: ignore[misc]
                 rows=rows,
                 width=width,
@@ -178,6 +180,11 @@ class _Hybrid(Sizes):
             inside = tirx.all(row + i < self.C, block * self.C + row + i < self.T)
             with T.If(inside), T.Then():
                 self._divide(b, h, token(i), result, i)
+
+    def _copy(self, rows: int, width: int, out: Any, value: Any) -> None:
+        """value(i, j) in a scratch buffer, so that its place is found once."""
+        with T.serial(0, rows) as i:
+            vectors(width, self.lanes, lambda j: T.buffer_store(out, value(i, j), [i, j]))
 
     def _divide(self, b: Any, h: Any, token: Any, result: Any, i: Any) -> None:
         factor = scratch(1, 1)
@@ -190,27 +197,24 @@ class _Hybrid(Sizes):
         )
 
     def _scores(
-        self, b: Any, h: Any, bg: Any, block: Any, first: Any, token: Any, powers: Any, rows: int
+        self, b: Any, bg: Any, block: Any, first: Any, token: Any, query: Any, powers: Any
     ) -> None:
         """Logits of the keys near; hidden ones are LOWEST."""
 
         def put(i: Any, j: Any, s: Any) -> None:
             key = first + j
             seen = self.keep[b, key] > f32(0.0)
-            if self.causal:
-                seen = tirx.all(seen, key <= token(i))
-            else:
-                seen = tirx.all(seen, key < (block + 2) * self.C)
+            last = token(i) + 1 if self.causal else (block + 2) * self.C
+            seen = tirx.all(seen, key < last)
             T.buffer_store(powers, tirx.Select(seen, s, f32(LOWEST)), [i, j])
 
-        scale = f32(self.facts.scale)
         for j0, width in panels(self.near, self.lanes):
             tile(
-                lambda i, d: load(self.q, b, h, token(i), d) * scale,
+                lambda i, d: query[i, d],
                 lambda d, j, j0=j0: self.turned[bg, d, first + j0 + j],  # type: ignore[misc]
                 self.D,
                 lambda i, j, s, j0=j0: put(i, j0 + j, s),  # type: ignore[misc]
-                rows=rows,
+                rows=min(ROWS, self.C),
                 width=width,
             )
 

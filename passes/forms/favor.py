@@ -35,9 +35,9 @@ KINDS = ("exp", "relu")
 
 @dataclass(frozen=True)
 class FavorConfig(FormConfig):
-    """`features` R (0: D ln D), `kind` "exp" (estimates softmax) or "relu" (generalised).
+    """`features` R, `kind` "exp" (estimates softmax) or "relu" (generalised attention).
 
-    `orthogonal` false draws plain Monte Carlo directions; `seed` fixes the draw.
+    R is D ln D, rounded up to vectors of 16, for 0. `orthogonal` false draws plain Monte Carlo directions; `seed` fixes the draw.
     """
 
     features: int = 0
@@ -86,7 +86,8 @@ class Favor(WideFeatureForm):
     def width(self, site: AttentionSite) -> int:
         """R."""
         d = site.dims.D
-        return self._config.features or max(int(d * math.log(d)), d, 1)
+        wanted = max(int(d * math.log(d)), d, 1)
+        return self._config.features or (-(-wanted // 16) * 16 if wanted > 16 else wanted)
 
     def init_params(self, site: AttentionSite) -> dict[str, torch.Tensor]:
         """`w` [G, D, R]: query heads of a group meet the group's keys in the same directions."""

@@ -122,7 +122,7 @@ def test_any_size_stays_finite(size: float, kind: str) -> None:
 def test_draws_are_orthogonal_fixed_by_the_seed_and_differ_by_group() -> None:
     at = site(H=4, G=2, D=16)
     first, again, other = (form_named("favor", {"seed": s}).init_params(at)["w"] for s in (0, 0, 1))
-    assert first.shape == (2, 16, 44)
+    assert first.shape == (2, 16, 48)
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
     assert not torch.allclose(first[0], first[1])
