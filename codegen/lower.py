@@ -17,6 +17,7 @@ from codegen.frontend import Imported
 from codegen.graph_passes.channels_last import channels_last
 from codegen.kernel_cache import Entry, KernelCache, key_of
 from codegen.lift import lift_constants
+from codegen.precision import require
 from codegen.prepack import prepack
 from codegen.schedule import Outcome, Tuned, refuse, schedule
 from codegen.specs import TensorSpec
@@ -82,8 +83,9 @@ def lower(
     allow_unscheduled: bool = False,
     progress: Progress | None = None,
     cache: KernelCache | None = None,
+    precision: str = "fp32",
 ) -> Lowered:
-    """Lower to scheduled TensorIR.
+    """Lower to scheduled TensorIR, products with weights in `precision` (codegen/precision.py).
 
     `tuned(func, target)` is asked first for every kernel and returns a schedule or None. What is
     found in `cache` is taken from there; tuned kernels are looked up as they were scheduled,
@@ -91,9 +93,11 @@ def lower(
 
     Raises:
         LoweringError: a kernel no rule takes, unless `allow_unscheduled`.
+        UsageError: the target has no code for `precision`.
     """
+    require(precision, target)
     with tvm_env.lowering_for(target):
-        mod, weights = fuse(imported.mod, target)
+        mod, weights = fuse(imported.mod, target, precision)
         key = ""
         if cache is not None and tuned is None:
             key = key_of(mod, target, allow_unscheduled=allow_unscheduled)
@@ -142,14 +146,15 @@ def _found(imported: Imported, mod: Any, weights: Any, key: str, known: Entry) -
     )
 
 
-def fuse(mod: Any, target: Target) -> tuple[Any, dict[str, NDArray[Any]]]:
+def fuse(mod: Any, target: Target, precision: str = "fp32") -> tuple[Any, dict[str, NDArray[Any]]]:
     """The module with packed products, lowered and fused operators; and the lifted weights.
 
     Call it inside `lowering_for(target)`.
     """
     legalize.install()
     t = relax.transform
-    mod = prepack(channels_last(t.DecomposeOpsForInference()(mod), target), target)
+    mod = channels_last(t.DecomposeOpsForInference()(mod), target)
+    mod = prepack(mod, target, precision)
     before = [
         t.CanonicalizeBindings(),
         relax.backend.DispatchSampling(),

@@ -1,7 +1,8 @@
 """Rewrites matrix products and convolutions into kernels with packed weights.
 
 Weights that are constants are packed now, in numpy. A constant that anything else reads too (tied
-embeddings) is left as it is and packed panel by panel inside the kernel, so it is stored once.
+embeddings) is left as it is and packed panel by panel inside the kernel, so it is stored once (and
+its product stays float32, whatever the precision).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 from tvm import ir, relax
 from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
 
-from codegen.kernels import conv, dense
+from codegen.kernels import conv, dense, quantized
 from codegen.legalize import as_constant, dtype_of
 from codegen.target import Target
 
@@ -20,11 +21,14 @@ from codegen.target import Target
 _FUSABLE = {"op_pattern": 4}
 
 
-def prepack(mod: Any, target: Target) -> Any:
-    """`mod` with every float32 matmul and conv2d of "main" replaced by a packed kernel."""
+def prepack(mod: Any, target: Target, precision: str = "fp32") -> Any:
+    """`mod` with every float32 matmul and conv2d of "main" replaced by a packed kernel.
+
+    Products with constant weights are computed in `precision`: "fp32", "bf16" or "int8".
+    """
     uses = _ConstantUses()
     uses.visit_expr(mod["main"])
-    rewriter = _Prepack(mod, target, uses)
+    rewriter = _Prepack(mod, target, uses, precision)
     main = rewriter.visit_expr(mod["main"])
     rewriter.builder_.update_func(mod.get_global_var("main"), main)
     return relax.transform.DeadCodeElimination()(rewriter.builder_.get())
@@ -67,9 +71,10 @@ def _identity(constant: Any) -> int:
 
 @mutator
 class _Prepack(PyExprMutator):  # type: ignore[misc]
-    def __init__(self, mod: Any, target: Target, uses: _ConstantUses) -> None:
+    def __init__(self, mod: Any, target: Target, uses: _ConstantUses, precision: str) -> None:
         super().__init__(mod)
-        self.target, self.uses = target, uses
+        self.target, self.uses, self.precision = target, uses, precision
+        self.converted: dict[Any, Any] = {}  # rows in the precision's own form, by their source
 
     def visit_call_(self, call: Any) -> Any:
         call = self.visit_expr_post_order(call)
@@ -113,10 +118,56 @@ class _Prepack(PyExprMutator):  # type: ignore[misc]
         if self.target.kind == "gpu":
             plain = relax.const(np.ascontiguousarray(weight.T))
             return self.builder_.emit(relax.op.matmul(x, plain))
-        packed = relax.const(dense.pack(weight, dense.panel_width(self.target)))
-        columns = int(weight.shape[0])
+        width, (columns, depth) = dense.panel_width(self.target), weight.shape
+        if self.precision == "int8" and depth <= quantized.DEEPEST:
+            return self._int8(x, weight, width)
+        if self.precision == "bf16":
+            return self._bf16(x, weight, width)
+        packed = relax.const(dense.pack(weight, width))
         return self._te(
             lambda a, w: dense.dense(a, w, columns, self.target), x, packed, name="dense"
+        )
+
+    def _int8(self, x: Any, weight: Any, width: int) -> Any:
+        codes, scale = quantized.quantize_weight(weight)
+        if x not in self.converted:
+            rows = self.builder_.emit_te(
+                quantized.quantize_rows,
+                x,
+                primfunc_name_hint=quantized.QUANTIZE,
+                primfunc_attrs=quantized.quantize_attributes(),
+            )
+            parts = [self.builder_.emit(relax.TupleGetItem(rows, n)) for n in range(3)]
+            self.converted[x] = parts
+        columns = int(weight.shape[0])
+        return self._te(
+            lambda q, s, z, w, by, total: quantized.dense_int8(
+                q, s, z, w, by, total, columns, self.target
+            ),
+            *self.converted[x],
+            relax.const(quantized.pack_groups(codes, width, "int8")),
+            relax.const(scale),
+            relax.const(codes.sum(axis=1, dtype=np.int32)),
+            name="dense_int8",
+        )
+
+    def _bf16(self, x: Any, weight: Any, width: int) -> Any:
+        bits, columns = quantized.bf16_bits(weight), int(weight.shape[0])
+        widened = self.target.options.get("bf16") == "widen"
+        convert = quantized.round_bf16 if widened else quantized.to_bf16
+        if x not in self.converted:
+            self.converted[x] = self.builder_.emit_te(
+                convert, x, primfunc_name_hint=convert.__name__
+            )
+        if widened:
+            packed, define = dense.pack(bits, width), quantized.dense_widened
+        else:
+            packed, define = quantized.pack_groups(bits, width, "bf16"), quantized.dense_bf16
+        return self._te(
+            lambda a, w: define(a, w, columns, self.target),
+            self.converted[x],
+            relax.const(packed),
+            name="dense_bf16",
         )
 
     def _weight(self, y: Any) -> tuple[Any | None, Any | None]:

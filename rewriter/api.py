@@ -236,6 +236,7 @@ def compile(
     session: Path | None = None,
     allow_unscheduled: bool = False,
     threads: int | None = None,
+    precision: str = "fp32",
     progress: Progress | None = None,
     **rewrite_options: Any,
 ) -> Artifact:
@@ -250,6 +251,8 @@ def compile(
         session: a tuning session's folder whose records are applied.
         allow_unscheduled: let kernels without a schedule rule through (slow; never the default).
         threads: threads used when the artifact is checked and loaded.
+        precision: of products with weights: "fp32", "bf16" or "int8" (docs/targets.md says what
+            each needs); the report says what it costs.
 
     Returns:
         The loaded artifact; for a target that can not run here, an artifact that only describes.
@@ -275,6 +278,7 @@ def compile(
         allow_unscheduled=allow_unscheduled,
         threads=threads,
         progress=progress,
+        precision=precision,
     )
 
 

@@ -57,6 +57,7 @@ def lower_result(
     tuned: Any = None,
     allow_unscheduled: bool = False,
     cache: KernelCache | None = None,
+    precision: str = "fp32",
 ) -> Lowered:
     """seal -> frontend -> lower: scheduled TensorIR with the weights lifted out."""
     from codegen.frontend import to_relax
@@ -75,6 +76,7 @@ def lower_result(
             allow_unscheduled=allow_unscheduled,
             progress=stages.kernel,
             cache=cache,
+            precision=precision,
         )
 
 
@@ -87,25 +89,35 @@ def build_artifact(
     allow_unscheduled: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    precision: str = "fp32",
 ) -> Artifact:
     """Everything from the rewritten model to a verified artifact at `path`.
 
     The file appears at `path` only when all of it worked. `result.report` is completed.
 
     Raises:
-        LoweringError, ArtifactError, VerifyError, TuningError.
+        LoweringError, ArtifactError, VerifyError, TuningError; UsageError for a precision the
+        target has no code for.
     """
     from codegen.build import build
     from codegen.container import write_artifact
     from codegen.kernel_cache import default_cache
     from codegen.manifest import make_manifest
+    from codegen.precision import PRECISIONS, require
 
     chosen = target_named(target) if isinstance(target, str) else target
+    require(precision, chosen)
     stages = Stages(progress)
     tuned = _tuned(session, chosen)
     cache = default_cache()
     lowered = lower_result(
-        result, chosen, stages, tuned=tuned, allow_unscheduled=allow_unscheduled, cache=cache
+        result,
+        chosen,
+        stages,
+        tuned=tuned,
+        allow_unscheduled=allow_unscheduled,
+        cache=cache,
+        precision=precision,
     )
     with stages.stage("build", f"{len(lowered.kernels)} kernels"):
         built = build(lowered, chosen, cache=cache)
@@ -116,6 +128,7 @@ def build_artifact(
         lowered.outputs,
         list(lowered.weights),
         plan=result.plan.to_json(),
+        precision=PRECISIONS[precision],
     )
     trial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.trial")
     try:
@@ -127,7 +140,7 @@ def build_artifact(
         trial.unlink(missing_ok=True)
     if stats is not None:
         stats.require()
-    _complete(result, lowered, chosen, stats, note, stages, tuned)
+    _complete(result, lowered, chosen, stats, note, stages, tuned, precision)
     write_artifact(path, manifest, built.code, lowered.weights, result.report.to_json())
     return _open(path, threads, runs_here=stats is not None)
 
@@ -180,6 +193,7 @@ def _complete(
     note: str,
     stages: Stages,
     tuned: Any,
+    precision: str,
 ) -> None:
     notes = [*lowered.notes, *([note] if note else [])]
     weights = sum(array.nbytes for array in lowered.weights.values())
@@ -187,6 +201,7 @@ def _complete(
         "weights_bytes": weights,
         "seconds": dict(stages.seconds),
         "code_from_cache": lowered.code is not None,
+        "precision": precision_cost(precision, stats),
     }
     if tuned is not None:
         tuned.name_all(lowered.unscheduled)
@@ -199,6 +214,22 @@ def _complete(
     result.report = report.with_compiled(
         stats, lowered.kernels, target.to_json(), artifact=facts, notes=notes
     )
+
+
+def precision_cost(precision: str, stats: ErrorStats | None) -> dict[str, Any]:
+    """What computing in `precision` changed, on the example inputs: plain data for the report.
+
+    Against the rewritten model in float32: lowest cosine over rows, relative error (rms), largest
+    difference. For "fp32" that is the rounding of another order of operations.
+    """
+    if stats is None:
+        return {"name": precision}
+    return {
+        "name": precision,
+        "cosine_min": stats.cosine_min,
+        "relative_error": stats.rms_ratio,
+        "max_abs": stats.max_abs,
+    }
 
 
 def measure_fidelity(result: Result) -> Any:

@@ -55,11 +55,22 @@ def dense_unpacked(x: Any, weight: Any, target: Target) -> Any:
     """
     columns, depth = (int(d) for d in weight.shape)
     nt = panel_width(target)
-    panels = te.compute(
-        (-(-columns // nt), depth, nt),
+    shape = (-(-columns // nt), depth, nt)
+    return dense_made(
+        x,
+        shape,
         lambda p, k, j: weight[_clamp(p * nt + j, columns, columns % nt), k],
-        name="dense_panel",
+        columns,
+        target,
     )
+
+
+def dense_made(
+    x: Any, shape: tuple[int, int, int], element: Any, columns: int, target: Target
+) -> Any:
+    """x [.., T, K] times panels of `shape` made inside the kernel by element(p, k, j)."""
+    panels = te.compute(shape, element, name="dense_panel")
+    nt = panel_width(target)
     return _product(x, lambda b, p, k, j: panels[p, k, j], columns, nt, target)
 
 

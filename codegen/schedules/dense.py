@@ -25,7 +25,7 @@ def apply(func: Any, target: Target) -> Any | None:
     if "dense_panel" in blocks.names and _batched(blocks):
         return None
     sch, product = blocks.sch, blocks.named("dense")
-    store = _store_block(blocks)
+    store = store_block(blocks, "dense")
     *lead, rows, columns, depth = sch.get_loops(product)
     mt = row_tile_of(sch, store, target)
     row_out, row_in = sch.split(rows, [None, mt])
@@ -48,14 +48,14 @@ def _batched(blocks: Blocks) -> bool:
     return len(panel.iter_vars) > 3
 
 
-def _store_block(blocks: Blocks) -> Any:
-    """Inline all that follows the product into one last block; make one if nothing follows."""
-    sch, after = blocks.sch, blocks.after("dense")
+def store_block(blocks: Blocks, name: str) -> Any:
+    """Inline all that follows the product `name` into one last block, made if nothing follows."""
+    sch, after = blocks.sch, blocks.after(name)
     for block in after[:-1]:
         sch.compute_inline(block)
     if after:
         return after[-1]
-    return sch.cache_write(blocks.named("dense"), 0, "global")
+    return sch.cache_write(blocks.named(name), 0, "global")
 
 
 def _parallel(sch: Any, blocks: Blocks, tiles: list[Any], panel: Any, target: Target) -> Any:
@@ -63,14 +63,25 @@ def _parallel(sch: Any, blocks: Blocks, tiles: list[Any], panel: Any, target: Ta
 
     Inside one thread a panel is used for all of the thread's rows before the next one is read.
     """
-    packs = "dense_panel" in blocks.names
+    if "dense_panel" not in blocks.names:
+        return row_parallel(sch, tiles, panel, target)
+    sch.reorder(panel, *tiles)
+    _, inner = parallel_chunks(sch, [panel], target)
+    pack_panel(sch, blocks.named("dense_panel"), inner)
+    return fuse_all(sch, tiles)
+
+
+def row_parallel(sch: Any, tiles: list[Any], panel: Any, target: Target) -> Any:
+    """As `dense` for packed panels: parallel over row tiles or panels; the loop over tiles."""
     rows, panels = [extent(sch, t) for t in tiles], [extent(sch, panel)]
-    sch.reorder(panel, *tiles)  # leaves the panel outside; chunks of rows go around it
-    if packs or chunk_cost(panels, target) < chunk_cost(rows, target):
-        _, inner = parallel_chunks(sch, [panel], target)
-        if packs:
-            pack_panel(sch, blocks.named("dense_panel"), inner)
+    sch.reorder(panel, *tiles)
+    if chunk_cost(panels, target) < chunk_cost(rows, target):
+        parallel_chunks(sch, [panel], target)
         return fuse_all(sch, tiles)
+    return _chunks_of_rows(sch, tiles, panel, target)
+
+
+def _chunks_of_rows(sch: Any, tiles: list[Any], panel: Any, target: Target) -> Any:
     chunk, inner = parallel_chunks(sch, tiles, target)
     sch.reorder(chunk, panel, inner)
     return inner
@@ -88,11 +99,15 @@ def finish_tile(
     """Registers for the tile, and the epilogue on it before it is stored."""
     product, (row, column, depth) = blocks.named("dense"), inner
     sch.reverse_compute_at(store, tile)
-    store_loops = sch.get_loops(store)
-    vector_split(sch, store_loops[-1], target.lanes)
+    store_vectors(sch, store, target)
     sch.unroll(row)
     sch.vectorize(column)
     sch.decompose_reduction(product, depth)
+
+
+def store_vectors(sch: Any, store: Any, target: Target) -> None:
+    """Vectors along the last loop of the block that stores."""
+    vector_split(sch, sch.get_loops(store)[-1], target.lanes)
 
 
 RULE = Rule("dense", apply, kinds=("cpu", "edge"), order=20)

@@ -17,6 +17,9 @@ Seconds = Annotated[float, typer.Option("--fit", help="Seconds of label-free fit
 Session = Annotated[
     Path | None, typer.Option("--session", help="Apply the records of a tuning session.")
 ]
+Precision = Annotated[
+    str, typer.Option("--precision", help="Of products with weights: fp32, bf16 or int8.")
+]
 Unscheduled = Annotated[
     bool, typer.Option("--allow-unscheduled", help="Let kernels without a schedule through (slow).")
 ]
@@ -39,6 +42,7 @@ def verb(
     data: o.Data = None,
     max_drop: o.MaxDrop = None,
     target: o.Target = "cpu",
+    precision: Precision = "fp32",
     session: Session = None,
     allow_unscheduled: Unscheduled = False,
     allow_none: o.AllowNone = False,
@@ -56,6 +60,7 @@ def verb(
 
     Example: rewriter compile minilm --form hedgehog --fit 240 --tokens 128 -o minilm.rwa
     """
+    from codegen.precision import require
     from codegen.target import target_named
     from rewriter.api import compile as compile_artifact
     from rewriter.cli.work import (
@@ -72,6 +77,7 @@ def verb(
     check_file(html, "--html")
     check_budget("--fit", fit, max_drop, least=0)
     made_for = target_named(target)
+    require(precision, made_for)
     if source is not None and any_plan(form, plan, rule):
         raise UsageError("give --from or a form, plan or rule, not both")
     if (fit or max_drop is not None) and not any_plan(form, plan, rule):
@@ -102,6 +108,7 @@ def verb(
             session=session,
             allow_unscheduled=allow_unscheduled,
             threads=threads,
+            precision=precision,
             progress=progress,
         )
     if fit and source is None:
