@@ -19,6 +19,7 @@ from codegen.kernels.views import VIEWS, Layout
 from codegen.kit_decode import DecodeKernels
 from codegen.kit_hash import HashKernels
 from codegen.kit_maps import MapKernels
+from codegen.kit_rows import RowKernels
 from codegen.producers import Features, features_of_both
 from codegen.strides import view_of
 from codegen.target import Target
@@ -27,7 +28,7 @@ from passes.errors import LoweringError
 _DTYPES = ("float32", "float16")
 
 
-class Kit(HashKernels, MapKernels, DecodeKernels):
+class Kit(HashKernels, MapKernels, DecodeKernels, RowKernels):
     """Kernels at hand, written into `builder` for `target`."""
 
     def __init__(self, builder: Any, target: Target) -> None:
