@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -125,3 +126,19 @@ def run_form(
     `arrays`: q, k, v and, where used, key_mask and bias; `params` the form's parameters.
     """
     return run_built(build_form(form, spec, params, arrays, target), arrays, params)
+
+
+class Running:
+    """A built form with its inputs on the device; each call is one run."""
+
+    def __init__(
+        self, built: BuiltForm, arrays: Mapping[str, Array], params: Mapping[str, Array]
+    ) -> None:
+        self._main = relax.VirtualMachine(built.library, tvm.cpu())["main"]
+        self._values = [tvm.runtime.tensor(a) for a in (*arrays.values(), *params.values())]
+
+    def __call__(self) -> float:
+        """Seconds of one run."""
+        start = time.perf_counter()
+        self._main(*self._values)
+        return time.perf_counter() - start

@@ -1,40 +1,142 @@
-"""`rewriter forms`: the forms of attention there are."""
+"""`rewriter forms`: the forms of attention there are, and from how many tokens on each pays."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
+from rich import box
 from rich.table import Table
 
+from passes.errors import UnknownName, UsageError
 from rewriter.cli import options as o
 from rewriter.cli.output import console, print_json
 
+MARKS = {
+    "bidirectional": "bidir", "causal": "causal", "padding": "pad", "window": "win",
+    "bias": "bias", "cross": "cross", "GQA": "GQA",
+}  # fmt: skip
+Names = Annotated[
+    list[str] | None, typer.Argument(metavar="[FORM]...", help="Show these in full; or all.")
+]
+Lengths = Annotated[str, typer.Option(help="Tokens to measure at, by commas.")]
+Record = Annotated[
+    Path | None, typer.Option("--record", help="JSON kept after every form; gone on from.")
+]
+Picture = Annotated[Path | None, typer.Option("--picture", help="Draw time against tokens (.png).")]
 
-def verb(json: o.Json = False) -> None:
-    """List the forms: formula, source, what each needs and which masks it carries.
 
-    Example: rewriter forms --json
+def verb(
+    names: Names = None,
+    break_even: Annotated[
+        bool, typer.Option("--break-even", help="Measure each form against exact attention here.")
+    ] = False,
+    heads: Annotated[int, typer.Option(help="Heads of the measured site.", min=1)] = 4,
+    width: Annotated[int, typer.Option(help="Width of a head.", min=1)] = 64,
+    causal: Annotated[bool, typer.Option("--causal", help="Measure causal attention.")] = False,
+    lengths: Lengths = "512,1024,2048,4096,8192,16384",
+    record: Record = None,
+    picture: Picture = None,
+    target: o.Target = "cpu",
+    json: o.Json = False,
+) -> None:
+    """List the forms: what each needs, which masks it carries, its formula and source.
+
+    Example: rewriter forms hedgehog elu --break-even --lengths 512,2048,8192
     """
-    rows = form_rows()
+    rows = _chosen(names)
+    if break_even:
+        chosen = [row["name"] for row in rows]
+        _measure(chosen, (heads, width, causal), lengths, target, record, picture, json)
+        return
     if json:
         print_json({"forms": rows})
         return
-    table = Table(title="forms of attention", show_lines=True)
-    for column in ("form", "family", "exact", "needs", "carries", "formula", "source", "options"):
-        table.add_column(column, overflow="fold")
+    if names:
+        for row in rows:
+            _full(row)
+        return
+    console.print(_overview(rows))
+
+
+def _chosen(names: list[str] | None) -> list[dict[str, Any]]:
+    rows = form_rows()
+    known = [row["name"] for row in rows]
+    for name in names or []:
+        if name not in known:
+            raise UnknownName("form", name, known)
+    return [row for row in rows if not names or row["name"] in names]
+
+
+def _overview(rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        title="forms of attention", caption="rewriter forms NAME shows one in full",
+        box=box.SIMPLE_HEAD, pad_edge=False,
+    )  # fmt: skip
+    for column in ("form", "kind", "needs", "carries"):
+        table.add_column(column, no_wrap=True)
     for row in rows:
-        table.add_row(
-            row["name"],
-            row["family"],
-            "exact" if row["exact"] else "approximate",
-            row["needs"],
-            ", ".join(row["carries"]),
-            row["formula"],
-            row["paper"],
-            ", ".join(f"{k}={v}" for k, v in row["options"].items()),
+        softmax = "exact" if row["exact"] else "softmax-like"
+        kind = softmax if row["family"] == "exact" else row["family"]
+        carries = " ".join(
+            short if mark in row["carries"] else " " * len(short) for mark, short in MARKS.items()
         )
-    console.print(table)
+        table.add_row(row["name"], kind, row["needs"], carries)
+    return table
+
+
+def _full(row: dict[str, Any]) -> None:
+    kind = "exact" if row["exact"] else "approximate"
+    options = ", ".join(f"{k}={v}" for k, v in row["options"].items()) or "none"
+    console.print(f"[bold]{row['name']}[/bold]")
+    for label, text in (
+        ("formula", row["formula"]),
+        ("kind", f"{row['family']}, {kind}; needs {row['needs']}"),
+        ("carries", ", ".join(row["carries"])),
+        ("options", options),
+        ("source", f"{row['paper']} {row['link']}"),
+    ):
+        console.print(f"  {label:8s} {text}", markup=False, highlight=False)
+
+
+def _measure(
+    names: list[str],
+    site: tuple[int, int, bool],
+    lengths: str,
+    target: str,
+    record: Path | None,
+    picture: Path | None,
+    json: bool,
+) -> None:
+    from codegen.target import target_named
+    from rewriter.break_even import Shape, break_even
+    from rewriter.break_even_view import picture as draw
+    from rewriter.break_even_view import table
+    from rewriter.cli.work import progress_bar
+    from rewriter.outputs import check_file
+
+    check_file(record, "--record")
+    check_file(picture, "--picture")
+    try:
+        tokens = [int(n) for n in lengths.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--lengths: expected numbers by commas, got {lengths!r}") from error
+    with progress_bar("break-even") as progress:
+        curves = break_even(
+            names, target_named(target), shape=Shape(*site), lengths=tokens, record=record,
+            progress=progress,
+        )  # fmt: skip
+    if picture is not None:
+        draw(curves, picture)
+    if json:
+        print_json({"curves": [c.to_json() for c in curves]})
+        return
+    console.print(table(curves))
+    for curve in curves:
+        if curve.why:
+            console.print(f"{curve.form}: {curve.why}", markup=False)
 
 
 def form_rows() -> list[dict[str, Any]]:
