@@ -78,7 +78,7 @@ def _overview(rows: list[dict[str, Any]]) -> Table:
     for column in ("form", "kind", "needs", "carries"):
         table.add_column(column, no_wrap=True)
     for row in rows:
-        softmax = "exact" if row["exact"] else "softmax-like"
+        softmax = "exact" if row["exact"] else "softmax"
         kind = softmax if row["family"] == "exact" else row["family"]
         carries = " ".join(
             short if mark in row["carries"] else " " * len(short) for mark, short in MARKS.items()
