@@ -34,8 +34,9 @@ class Manifest:
     `target` is a Target as plain data, `features` the processor features its code needs,
     `entry` the function that takes the inputs and then the weights. `weights` are the weights'
     names in the order the code takes them; `aliases` maps those stored under another name (equal
-    tensors are stored once). `peak_memory` is in bytes, None where unknown. `members` is filled in
-    when the file is written.
+    tensors are stored once). `peak_memory` is in bytes, None where unknown. `decode` is empty but
+    for an artifact that generates tokens (codegen/decoding.py). `members` is filled in when the
+    file is written.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Manifest:
     created: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     members: Mapping[str, Member] = field(default_factory=dict)
+    decode: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def with_members(self, members: Mapping[str, Member]) -> Manifest:
@@ -65,6 +67,8 @@ class Manifest:
             data[key] = getattr(self, key)
         for key in ("target", "versions", "aliases", "plan"):
             data[key] = dict(getattr(self, key))
+        if self.decode:
+            data["decode"] = dict(self.decode)
         data["features"], data["weights"] = list(self.features), list(self.weights)
         data["inputs"] = [spec.to_json() for spec in self.inputs]
         data["outputs"] = [spec.to_json() for spec in self.outputs]
@@ -99,6 +103,7 @@ def _fields(data: Mapping[str, Any]) -> dict[str, Any]:
     fields |= {key: tuple(str(v) for v in data[key]) for key in ("features", "weights")}
     for key in ("inputs", "outputs"):
         fields[key] = tuple(TensorSpec.from_json(spec) for spec in data[key])
+    fields["decode"] = dict(data.get("decode") or {})
     peak = data["peak_memory"]
     fields["peak_memory"] = None if peak is None else int(peak)
     fields["members"] = {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from codegen import workers
@@ -101,8 +102,12 @@ class Artifact:
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> dict[str, NDArray[Any]]:
         """Run on arrays given by position or by name; see `run`."""
-        if not self._open:
-            raise ArtifactError(f"{self.path}: the artifact is closed")
+        self.require_open()
+        if self.manifest.decode:
+            raise UsageError(
+                f"{self.path}: this artifact generates tokens; use artifact.generate(tokens, "
+                "max_new), or rewriter run --generate"
+            )
         arrays = check_inputs(self.inputs, args, kwargs)
         outputs = workers.pool_of(self.threads).call(lambda worker: self._run(worker, arrays))
         return {s.name: a for s, a in zip(self.outputs, outputs, strict=True)}
@@ -113,6 +118,23 @@ class Artifact:
         `InputError` for a wrong name, shape, dtype or value; `ArtifactError` if the code fails.
         """
         return self(**{str(name): value for name, value in inputs.items()})
+
+    def generate(
+        self, tokens: Any, max_new: int, *, stop: int | Collection[int] = ()
+    ) -> NDArray[np.int64]:
+        """New tokens [B, m] that follow `tokens` [B, n] greedily; see codegen/decoding.py.
+
+        For an artifact compiled to generate: `UsageError` for any other, `InputError` for tokens
+        it can not take. `Decoder` gives tokens one by one and goes on from a state.
+        """
+        from codegen.decoding import Decoder
+
+        return Decoder(self).generate(tokens, max_new, stop=stop)
+
+    def require_open(self) -> None:
+        """`ArtifactError` once it is closed."""
+        if not self._open:
+            raise ArtifactError(f"{self.path}: the artifact is closed")
 
     def close(self) -> None:
         """Release code and weights; calls under way end first, later ones are refused."""

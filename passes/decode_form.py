@@ -160,10 +160,12 @@ class LinearStreaming(Streaming):
         state: Sequence[Any],
         position: Any,
     ) -> tuple[Any, list[Any]]:
-        """Feature maps, then one kernel that adds to the state and reads it."""
+        """Feature maps, then one kernel that adds to the state and reads it; all in float32."""
+        dtype = kit.dtype(v)
+        q, k, v = (kit.cast(x, "float32") for x in (q, k, v))
         fq, fk = self.map_kernels(kit, spec, params, q, k)
         out, *new = kit.linear_step(fq, fk, v, *state, eps=self.eps)
-        return out, new
+        return kit.cast(out, dtype), new
 
 
 class CachedStreaming(Streaming):

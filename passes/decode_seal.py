@@ -46,11 +46,13 @@ _LINEAR = torch.ops.aten.linear.default
 class SealedStep:
     """A program (input_ids, position_ids, *states) -> (logits [B, V], *new states).
 
-    `logits` are those of the last of its `tokens` tokens. `states` are all sites' in turn.
+    `logits` are those of the last of its `tokens` tokens. `states` are all sites' in turn, made for
+    sequences of up to `length` tokens.
     """
 
     program: ExportedProgram
     tokens: int
+    length: int
     states: tuple[StateSpec, ...]
 
 
@@ -131,7 +133,7 @@ def seal_step(model: Any, rewritten: Rewritten, *, tokens: int, length: int) -> 
     _take_weights(module, rewritten.module)
     states = _rewire(module, sites, rewritten, length)
     program = _export(module.eval(), traced, states)
-    return SealedStep(program, tokens, tuple(states))
+    return SealedStep(program, tokens, length, tuple(states))
 
 
 def check_streams(rewritten: Rewritten) -> None:

@@ -1,0 +1,263 @@
+"""Compile a decoder-only model to generate: an artifact with the functions prefill and step.
+
+The rewritten model is sealed twice (passes/decode_seal.py), for one token and for a chunk of the
+prompt; both are lowered, joined over the same weights, built into one library and verified: logits
+token by token against the rewritten model on the whole example input.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from codegen.target import Target, target_named
+from passes.errors import UsageError
+from rewriter.pipeline import Stages, example_inputs, measure_fidelity, why_not_here
+
+if TYPE_CHECKING:
+    from codegen.lower import Lowered
+    from codegen.manifest import Manifest
+    from codegen.runtime import Artifact
+    from passes.decode_seal import SealedStep
+    from rewriter.api import Result
+    from rewriter.verify import ErrorStats
+
+Progress = Callable[..., None]
+CHUNK = 32  # tokens of a prompt taken in at once
+CHECKED = 64  # tokens that are verified one by one
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    lowered: Lowered
+    code: bytes
+    manifest: Manifest
+
+
+def compile_decoder(
+    model: Any,
+    result: Result,
+    *,
+    path: Path | str,
+    max_length: int | None = None,
+    chunk: int = CHUNK,
+    target: str | Target = "cpu",
+    allow_unscheduled: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compile a rewritten language model into an artifact that generates, verified.
+
+    Args:
+        model: the module `result` was made from (``language_model(loaded).model`` for a Hugging
+            Face model); its forward also takes position_ids [B, T].
+        result: of `rewrite`: every site a form that streams (exact, elu, hedgehog, ...).
+        path: the file to write; nothing is left there if anything fails.
+        max_length: longest sequence, prompt and new tokens together; None: what the model's
+            config says. Forms of constant state need none without a table of positions.
+        chunk: tokens of the prompt that ``prefill`` takes at once.
+
+    Returns:
+        The loaded artifact (`artifact.generate`), or one that only describes where the target can
+        not run here.
+
+    Raises:
+        FormError: a form that can not go token by token.
+        ModelError: a model without logits or position_ids.
+        UsageError, LoweringError, ArtifactError, VerifyError.
+    """
+    from codegen.container import write_artifact
+    from rewriter.outputs import check_file
+
+    path = Path(path)
+    check_file(path)
+    chosen = target_named(target) if isinstance(target, str) else target
+    stages = Stages(progress)
+    sealed = _seal(model, result, max_length, chunk, stages)
+    made = _compile(result, sealed, chosen, allow_unscheduled, max_length, stages)
+    trial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.trial")
+    weights = made.lowered.weights
+    try:
+        with stages.stage("write"):
+            write_artifact(trial, made.manifest, made.code, weights, {}, called=str(path))
+        with stages.stage("verify"):
+            stats, note = _verify(result, trial, made.manifest, threads)
+    finally:
+        trial.unlink(missing_ok=True)
+    if stats is not None:
+        stats.require()
+    _complete(result, made, chosen, stats, note, stages)
+    write_artifact(path, made.manifest, made.code, weights, result.report.to_json())
+    return _open(path, threads, runs_here=stats is not None)
+
+
+def _seal(
+    model: Any, result: Result, max_length: int | None, chunk: int, stages: Stages
+) -> dict[str, SealedStep]:
+    from codegen.decoding import PREFILL, STEP
+    from passes.decode_seal import seal_step
+    from rewriter.decode_models import default_length, told_positions
+
+    for name, value in (("max_length", max_length), ("chunk", chunk)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name}: must be at least 1, got {value}")
+    length = max_length or default_length(model)
+    sizes = {STEP: 1, **({PREFILL: min(chunk, length)} if min(chunk, length) > 1 else {})}
+    with stages.stage("seal"), told_positions(model) as told:
+        return {
+            name: seal_step(told, result.rewritten, tokens=tokens, length=length)
+            for name, tokens in sizes.items()
+        }
+
+
+def _compile(
+    result: Result,
+    sealed: dict[str, SealedStep],
+    target: Target,
+    allow_unscheduled: bool,
+    max_length: int | None,
+    stages: Stages,
+) -> _Compiled:
+    from codegen.build import build
+    from codegen.decode_merge import merge
+    from codegen.decoding import PREFILL, STEP, Decode
+    from codegen.frontend import to_relax
+    from codegen.kernel_cache import default_cache, key_of
+    from codegen.lower import lower
+    from codegen.manifest import make_manifest
+
+    with stages.stage("import"):
+        imported = {name: to_relax(s.program, target) for name, s in sealed.items()}
+    tokens, positions, *states = imported[STEP].inputs
+    length = _length(result, positions.high, max_length, sealed[STEP])
+    with stages.stage("lower"):
+        lowered = merge(
+            {
+                name: lower(i, target, allow_unscheduled=allow_unscheduled, progress=stages.kernel)
+                for name, i in imported.items()
+            }
+        )
+    cache = default_cache()
+    if cache is not None:
+        key = key_of(lowered.mod, target, decode=True)
+        known = cache.get(key)
+        lowered = replace(lowered, key=key, code=None if known is None else known.code)
+    with stages.stage("build", f"{len(lowered.kernels)} kernels"):
+        built = build(lowered, target, cache=cache)
+    chunk = sealed[PREFILL].tokens if PREFILL in sealed else 1
+    facts = Decode(tokens.shape[0], chunk, length, sum(s.nbytes for s in states))
+    names = ["logits", *(f"new_{s.name}" for s in states)]
+    outputs = [replace(o, name=n) for o, n in zip(lowered.outputs, names, strict=True)]
+    manifest = make_manifest(
+        result.name,
+        target,
+        lowered.inputs,
+        outputs,
+        list(lowered.weights),
+        plan=result.plan.to_json(),
+        entry=STEP,
+    )
+    return _Compiled(lowered, built.code, replace(manifest, decode=facts.to_json()))
+
+
+def _length(result: Result, high: int | None, asked: int | None, step: SealedStep) -> int | None:
+    """Tokens a sequence may have: the caches', the position table's, or what was asked for."""
+    from passes.decode_form import CachedStreaming
+
+    table = None if high is None else high + 1
+    if table is not None and asked is not None and asked > table:
+        raise UsageError(
+            f"max_length: the model has positions for {table} tokens at most, got {asked}"
+        )
+    forms = [result.rewritten.attention(site.id).form for site in result.rewritten.sites]
+    cached = any(isinstance(form, CachedStreaming) for form in forms)
+    limits = [n for n in (table, asked, step.length if cached else None) if n is not None]
+    return min(limits, default=None)
+
+
+def _verify(
+    result: Result, trial: Path, manifest: Manifest, threads: int | None
+) -> tuple[ErrorStats | None, str]:
+    """Compiled against rewritten; (None, why) where the code can not run on this machine."""
+    from codegen.runtime import load
+
+    why = why_not_here(manifest)
+    if why:
+        return None, f"the compiled code was not run here: {why}"
+    with load(trial, threads=threads) as artifact:
+        return verify_decoder(artifact, result), ""
+
+
+def verify_decoder(artifact: Artifact, result: Result) -> ErrorStats:
+    """Logits of the artifact, token by token, against those of the rewritten model.
+
+    The example input is given as a prompt but for its last `CHECKED` tokens (or half of it),
+    which are fed one by one.
+    """
+    from codegen.decoding import Decoder
+    from rewriter.verify import compare_arrays
+
+    ids, logits = _wanted(result)
+    decoder = Decoder(artifact)
+    number = min(ids.shape[1], decoder.facts.length or ids.shape[1])
+    first = max(number - CHECKED, number // 2, 1)
+    got = [decoder.feed(ids[:, :first])]
+    got += [decoder.feed(ids[:, at : at + 1]) for at in range(first, number)]
+    return compare_arrays(
+        {"logits": np.stack(got, 1)},
+        {"logits": logits[:, first - 1 : number]},
+        dtype=artifact.manifest.precision,
+    )
+
+
+def _wanted(result: Result) -> tuple[Any, Any]:
+    """(input_ids, logits) of the rewritten model on the example inputs, as arrays."""
+    import torch
+
+    from rewriter.verify import flat_tensors, to_numpy
+
+    inputs = example_inputs(result)
+    with torch.no_grad():
+        out = result.model(**inputs) if isinstance(inputs, dict) else result.model(*inputs)
+    logits = out["logits"] if isinstance(out, dict) and "logits" in out else flat_tensors(out)[0]
+    ids = inputs["input_ids"] if isinstance(inputs, dict) else inputs[0]
+    return to_numpy(ids), to_numpy(logits)
+
+
+def _complete(
+    result: Result,
+    made: _Compiled,
+    target: Target,
+    stats: ErrorStats | None,
+    note: str,
+    stages: Stages,
+) -> None:
+    from codegen.decoding import described
+
+    facts = {
+        "weights_bytes": sum(array.nbytes for array in made.lowered.weights.values()),
+        "seconds": dict(stages.seconds),
+        "decode": dict(made.manifest.decode),
+    }
+    notes = [described(made.manifest.decode), *made.lowered.notes, *([note] if note else [])]
+    report = result.report
+    if report.fidelity is None:
+        report = report.with_fidelity(measure_fidelity(result))
+    result.report = report.with_compiled(
+        stats, made.lowered.kernels, target.to_json(), artifact=facts, notes=notes
+    )
+
+
+def _open(path: Path, threads: int | None, *, runs_here: bool) -> Artifact:
+    from codegen.runtime import load
+
+    if not runs_here:
+        from codegen.foreign import ForeignArtifact
+
+        return ForeignArtifact(path)  # type: ignore[return-value]
+    return load(path, threads=threads)
