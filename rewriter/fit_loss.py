@@ -41,7 +41,10 @@ def divergence(attention: AttentionModule, call: Call, target: Tensor | None = N
     params = dict(attention.params.items())
     got = attention.form.weights(
         attention.spec, params, call.q, call.k, call.key_mask, call.bias
-    ).clamp_min(TINY)
+    )
+    if not attention.form.normalised:  # or growing all weights would look like a gain
+        got = got / got.abs().sum(-1, keepdim=True).clamp_min(TINY)
+    got = got.clamp_min(TINY)
     rows = torch.xlogy(want, want).sum(-1, keepdim=True) - (want * got.log()).sum(-1, keepdim=True)
     mask = row_mask(attention, call)
     return (rows * mask).sum() / (mask.sum() * want.shape[1]).clamp_min(1)

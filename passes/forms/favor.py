@@ -37,7 +37,8 @@ KINDS = ("exp", "relu")
 class FavorConfig(FormConfig):
     """`features` R, `kind` "exp" (estimates softmax) or "relu" (generalised attention).
 
-    R is D ln D, rounded up to vectors of 16, for 0. `orthogonal` false draws plain Monte Carlo directions; `seed` fixes the draw.
+    R is D ln D, rounded up to vectors of 16, for 0. `orthogonal` false draws plain Monte Carlo
+    directions; `seed` fixes the draw.
     """
 
     features: int = 0

@@ -71,6 +71,9 @@ def test_up_to_two_blocks_it_is_softmax(causal: bool) -> None:
     want = exact.attend(exact.spec(at), {}, *qkv)
     torch.testing.assert_close(form.attend(form.spec(at), params, *qkv), want)
     assert form.ops(at) == exact.ops(at)
+    given = {n: p.requires_grad_() for n, p in params.items()}
+    form.attend(form.spec(at), given, *qkv).sum().backward()  # a fit may meet such a call
+    assert all(p.grad is not None and (p.grad == 0).all() for p in given.values())
     longer = made(21, {"window": 10}, causal=causal)
     got = longer[0].attend(longer[0].spec(longer[1]), longer[2], *longer[3])
     assert not torch.allclose(got, exact.attend(exact.spec(longer[1]), {}, *longer[3]), rtol=1e-3)

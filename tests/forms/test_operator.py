@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from passes.form import Form, form_named
+from passes.substitute import AttentionModule
+from rewriter.capture import Call
+from rewriter.fit_loss import divergence
 from tests.by_hand import site
 
 
@@ -110,3 +113,17 @@ def test_an_operator_is_learned() -> None:
         optimiser.step()
         errors.append(error.item())
     assert sum(errors[-10:]) < 0.5 * sum(errors[:10])
+
+
+def test_larger_weights_are_no_gain_for_a_fit() -> None:
+    """The fit compares rows by their shares; signed rows do not sum to one by themselves."""
+    at = site(B=1, H=2, T=9, D=6)
+    attention = AttentionModule(at, form_named("fourier"))
+    q, k, v = (torch.randn(1, 2, 9, 6) for _ in range(3))
+    call = Call(q, k, v, None, None, v)
+    before = float(divergence(attention, call))
+    assert before > 0
+    with torch.no_grad():
+        for name in ("gamma_q", "gamma_k"):
+            attention.params[name] *= 10.0
+    assert abs(float(divergence(attention, call)) - before) < 1e-3 * before
