@@ -14,13 +14,13 @@ import torch
 
 def gaussian(d: int, r: int, seed: int) -> torch.Tensor:
     """Independent draws (plain Monte Carlo)."""
-    return torch.randn(d, r, generator=_generator(seed), dtype=torch.float64)
+    return torch.randn(d, r, generator=generator(seed), dtype=torch.float64)
 
 
 @functools.lru_cache(maxsize=64)
 def orthogonal(d: int, r: int, seed: int) -> torch.Tensor:
     """Blocks of d orthogonal directions, each with the length of a fresh Gaussian vector."""
-    made = _generator(seed)
+    made = generator(seed)
     blocks = []
     for _ in range(-(-r // d)):
         square = torch.randn(d, d, generator=made, dtype=torch.float64)
@@ -40,7 +40,7 @@ def cosine_points(d: int, r: int, seed: int) -> torch.Tensor:
     quantiles (i + 1/2) / n of a Gaussian vector's length, dealt to the directions in the order of
     a seeded permutation.
     """
-    made = _generator(seed)
+    made = generator(seed)
     number = -(-r // 2)
     transform = dct(d)
     blocks = []
@@ -72,7 +72,8 @@ def length_quantiles(d: int, number: int) -> torch.Tensor:
     return (low + high) / 2
 
 
-def _generator(seed: int) -> torch.Generator:
+def generator(seed: int) -> torch.Generator:
+    """A generator of its own: torch's global one is left alone."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -80,6 +81,6 @@ def subspace(d: int, r: int, seed: int) -> torch.Tensor:
     """r orthonormal columns in d dimensions; the identity for r = d."""
     if r == d:
         return torch.eye(d, dtype=torch.float64)
-    square = torch.randn(d, d, generator=_generator(seed), dtype=torch.float64)
+    square = torch.randn(d, d, generator=generator(seed), dtype=torch.float64)
     rotation: torch.Tensor = torch.linalg.qr(square)[0]
     return rotation[:, :r]
