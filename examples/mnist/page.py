@@ -14,19 +14,19 @@ DOCS = Path(__file__).parents[2] / "docs"
 WITHIN = 0.005  # of softmax, after fine-tuning
 
 
-def write(rows: Sequence[dict[str, Any]], seconds: float, tuning: float) -> None:
+def write(rows: Sequence[dict[str, Any]], fitting: int, tuning: int) -> None:
     done = [r for r in rows if "tuned" in r]
     softmax = next(r for r in done if r["form"] == "exact")
     draw(done, DOCS / "images" / "mnist.png")
-    write_text(DOCS / "mnist.md", page(rows, done, softmax, seconds, tuning))
+    write_text(DOCS / "mnist.md", page(rows, done, softmax, fitting, tuning))
 
 
 def page(
     rows: Sequence[dict[str, Any]],
     done: Sequence[dict[str, Any]],
     softmax: dict[str, Any],
-    seconds: float,
-    tuning: float,
+    fitting: int,
+    tuning: int,
 ) -> str:
     others = [r for r in done if r is not softmax]
     near = [r["form"] for r in others if r["tuned"] >= softmax["tuned"] - WITHIN]
@@ -35,7 +35,7 @@ def page(
         "",
         "Made by `python -m examples.mnist.forms --docs`. A ViT of four blocks (49 patches, width "
         "64, 4 heads) trained on 4,000 MNIST digits, tested on 1,000 others; all four attentions "
-        f"are replaced. *Fitted*: {seconds:g} s without labels. *Tuned*: {tuning:g} s more on "
+        f"are replaced. *Fitted*: without labels ({fitting} steps of all blocks). *Tuned*: {tuning} steps on "
         "labelled, shifted digits (softmax too). One digit is 0.1 points: differences under a "
         "point are noise. *Error*: compiled against rewritten, largest. "
         "*Energy*: arithmetic of one image by `rewriter energy`'s rule `count`, an estimate.",
