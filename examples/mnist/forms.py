@@ -35,7 +35,7 @@ RECORD = ROOT / "out" / "mnist" / "forms.json"
 BATCH = 50
 # Steps, not seconds: the table is then the same on every machine.
 RECIPE = Recipe(site_steps=60, block_steps=300, end_steps=100)
-STEPS = 1500
+STEPS = 1000
 LIMIT = 900.0
 
 

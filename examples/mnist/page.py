@@ -36,8 +36,8 @@ def page(
         "Made by `python -m examples.mnist.forms --docs`. A ViT of four blocks (49 patches, width "
         "64, 4 heads) trained on 4,000 MNIST digits, tested on 1,000 others; all four attentions "
         f"are replaced. *Fitted*: without labels ({fitting} steps of all blocks). *Tuned*: "
-        f"{tuning} steps on labelled, shifted digits (softmax too). One digit is 0.1 points: differences under a "
-        "point are noise. *Error*: compiled against rewritten, largest. "
+        f"{tuning} steps on labelled, shifted digits (softmax too). One digit is 0.1 points: "
+        "differences under a point are noise. *Error*: compiled against rewritten, largest. "
         "*Energy*: arithmetic of one image by `rewriter energy`'s rule `count`, an estimate.",
         "",
         f"Within 0.5 points of softmax after tuning ({softmax['tuned']:.1%}): {len(near)} of "
