@@ -24,7 +24,7 @@ from codegen.manifest import installed_versions
 from codegen.target import Target, usable_cores
 from passes.errors import UsageError
 
-FORMAT = 1
+FORMAT = 2
 MOST_BYTES = 1 << 30
 SUFFIX = ".kernels"
 # A file beside that is older was left by a process that was killed.

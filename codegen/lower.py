@@ -17,6 +17,7 @@ from codegen.frontend import Imported
 from codegen.graph_passes.channels_last import channels_last
 from codegen.kernel_cache import Entry, KernelCache, key_of
 from codegen.lift import lift_constants
+from codegen.memory import Memory, planned
 from codegen.precision import require
 from codegen.prepack import prepack
 from codegen.schedule import Outcome, Tuned, refuse, schedule
@@ -69,10 +70,15 @@ class Lowered:
     key: str = ""
     code: bytes | None = field(default=None, repr=False)
     crashes: tuple[str, ...] = ()
+    memory: Memory | None = None
 
     def facts(self) -> dict[str, Any]:
         """What the kernel cache keeps beside the code."""
-        return {"kernels": [k.to_json() for k in self.kernels], "crashes": list(self.crashes)}
+        return {
+            "kernels": [k.to_json() for k in self.kernels],
+            "crashes": list(self.crashes),
+            "memory": None if self.memory is None else self.memory.to_json(),
+        }
 
 
 def lower(
@@ -126,6 +132,7 @@ def lower(
         key,
         code,
         crashes,
+        planned(scheduled, weights),
     )
 
 
@@ -143,6 +150,7 @@ def _found(imported: Imported, mod: Any, weights: Any, key: str, known: Entry) -
         key,
         known.code,
         crashes,
+        Memory.from_json(known.facts["memory"]),
     )
 
 

@@ -129,6 +129,7 @@ def build_artifact(
         list(lowered.weights),
         plan=result.plan.to_json(),
         precision=PRECISIONS[precision],
+        peak_memory=None if lowered.memory is None else lowered.memory.peak,
     )
     trial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.trial")
     try:
@@ -202,6 +203,7 @@ def _complete(
         "seconds": dict(stages.seconds),
         "code_from_cache": lowered.code is not None,
         "precision": precision_cost(precision, stats),
+        "memory": None if lowered.memory is None else lowered.memory.to_json(),
     }
     if tuned is not None:
         tuned.name_all(lowered.unscheduled)

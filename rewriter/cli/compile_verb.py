@@ -24,6 +24,14 @@ Unscheduled = Annotated[
     bool, typer.Option("--allow-unscheduled", help="Let kernels without a schedule through (slow).")
 ]
 
+Decode = Annotated[
+    bool, typer.Option("--decode", help="Make a language model generate: rewriter run --generate.")
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --decode: longest sequence, prompt and new tokens together."),
+]
+
 
 def _state(output: Path) -> Path:
     """Where a killed fit goes on from."""
@@ -46,6 +54,8 @@ def verb(
     session: Session = None,
     allow_unscheduled: Unscheduled = False,
     allow_none: o.AllowNone = False,
+    decode: Decode = False,
+    max_length: MaxLength = None,
     tokens: o.Tokens = None,
     batch: o.Batch = 1,
     image: o.Image = None,
@@ -56,13 +66,14 @@ def verb(
 ) -> None:
     """Compile MODEL for a target into one file, verified against the model it came from.
 
-    Without --form, --plan, --rule or --from every attention stays exact.
+    Without --form, --plan, --rule or --from every attention stays exact. With --decode a
+    decoder-only language model (GPT-2, Llama) becomes an artifact that generates tokens.
 
     Example: rewriter compile minilm --form hedgehog --fit 240 --tokens 128 -o minilm.rwa
     """
     from codegen.precision import require
     from codegen.target import target_named
-    from rewriter.api import compile as compile_artifact
+    from rewriter.cli.decode_work import check_decode, compile_result, for_decode
     from rewriter.cli.work import (
         any_plan,
         check_budget,
@@ -76,13 +87,14 @@ def verb(
     check_file(output, "--output")
     check_file(html, "--html")
     check_budget("--fit", fit, max_drop, least=0)
+    check_decode(decode, max_length, session)
     made_for = target_named(target)
     require(precision, made_for)
     if source is not None and any_plan(form, plan, rule):
         raise UsageError("give --from or a form, plan or rule, not both")
     if (fit or max_drop is not None) and not any_plan(form, plan, rule):
         raise UsageError("--fit and --max-drop need --form, --plan or --rule: what is to be fitted")
-    loaded = o.open_model(model, tokens, batch, image, attn)
+    loaded = for_decode(o.open_model(model, tokens, batch, image, attn), decode)
     if source is not None:
         result = from_folder(loaded, source)
     elif fit or max_drop is not None:
@@ -101,8 +113,11 @@ def verb(
         default = None if any_plan(form, plan, rule) else "exact"
         result = rewrite_model(loaded, form or default, plan, rule, setting, allow_none=allow_none)
     with progress_bar("compile") as progress:
-        artifact = compile_artifact(
+        artifact = compile_result(
+            loaded,
             result,
+            decode,
+            max_length,
             path=output,
             target=made_for,
             session=session,
@@ -116,7 +131,8 @@ def verb(
     if html is not None:
         result.report.save_html(html)
     if json:
-        print_json(artifact.report)
+        facts = artifact.report.get("artifact") or {}
+        print_json({**artifact.report, "memory": facts.get("memory")})
         return
     console.print(result.report.table())
     console.print(result.report.summary(), markup=False)
