@@ -8,7 +8,7 @@ token by token against the rewritten model on the whole example input.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ def compile_decoder(
     target: str | Target = "cpu",
     allow_unscheduled: bool = False,
     threads: int | None = None,
+    precision: str = "fp32",
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a rewritten language model into an artifact that generates, verified.
@@ -61,6 +62,7 @@ def compile_decoder(
         max_length: longest sequence, prompt and new tokens together; None: what the model's
             config says. Forms of constant state need none without a table of positions.
         chunk: tokens of the prompt that ``prefill`` takes at once.
+        precision: of products with weights, as `rewriter.api.compile` has it.
 
     Returns:
         The loaded artifact (`artifact.generate`), or one that only describes where the target can
@@ -72,14 +74,17 @@ def compile_decoder(
         UsageError, LoweringError, ArtifactError, VerifyError.
     """
     from codegen.container import write_artifact
+    from codegen.precision import require
     from rewriter.outputs import check_file
 
     path = Path(path)
     check_file(path)
     chosen = target_named(target) if isinstance(target, str) else target
+    require(precision, chosen)
     stages = Stages(progress)
     sealed = _seal(model, result, max_length, chunk, stages)
-    made = _compile(result, sealed, chosen, allow_unscheduled, max_length, stages)
+    options = {"allow_unscheduled": allow_unscheduled, "precision": precision}
+    made = _compile(result, sealed, chosen, options, max_length, stages)
     trial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.trial")
     weights = made.lowered.weights
     try:
@@ -119,7 +124,7 @@ def _compile(
     result: Result,
     sealed: dict[str, SealedStep],
     target: Target,
-    allow_unscheduled: bool,
+    options: Mapping[str, Any],
     max_length: int | None,
     stages: Stages,
 ) -> _Compiled:
@@ -130,6 +135,7 @@ def _compile(
     from codegen.kernel_cache import default_cache, key_of
     from codegen.lower import lower
     from codegen.manifest import make_manifest
+    from codegen.precision import PRECISIONS
 
     with stages.stage("import"):
         imported = {name: to_relax(s.program, target) for name, s in sealed.items()}
@@ -138,7 +144,7 @@ def _compile(
     with stages.stage("lower"):
         lowered = merge(
             {
-                name: lower(i, target, allow_unscheduled=allow_unscheduled, progress=stages.kernel)
+                name: lower(i, target, progress=stages.kernel, **options)
                 for name, i in imported.items()
             }
         )
@@ -160,6 +166,7 @@ def _compile(
         outputs,
         list(lowered.weights),
         plan=result.plan.to_json(),
+        precision=PRECISIONS[options["precision"]],
         entry=STEP,
     )
     return _Compiled(lowered, built.code, replace(manifest, decode=facts.to_json()))
