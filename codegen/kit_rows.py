@@ -5,11 +5,14 @@ Letters as in passes/site.py. These kernels are for processors; a GPU is refused
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from tvm import relax
 
-from codegen.kernels import row_attention
+from codegen.kernels import row_attention, row_maps
 from codegen.kernels.attention import AttentionFacts
 from codegen.kernels.row_attention import RowFacts
 from codegen.kernels.views import VIEWS
@@ -44,6 +47,12 @@ class RowKernels:
         """The tensors one after the other on an axis."""
         return self.builder.emit(relax.op.concat(tensors, axis))
 
+    def with_ones(self, x: Any) -> Any:
+        """[x, 1]: x [B, H, T, D] with one more channel."""
+        (x,) = self._data(x=x)
+        ones = relax.const(np.ones((*_sizes(x)[:3], 1), dtype=_dtype(x)))
+        return self.join([x, ones], 3)
+
     def clipped_attention(self, q: Any, k: Any, v: Any, *, zeta: float, gamma: float, **how: Any
                           ) -> Any:  # fmt: skip
         """Attention with weights clip((zeta - gamma) softmax + gamma, 0, 1), gamma <= 0.
@@ -62,6 +71,70 @@ class RowKernels:
         Their values are then their plain mean; `how` must not hold a bias or a window.
         """
         return self._rows(q, k, v, RowFacts("top", best=best, rest=rest), **how)
+
+    def gate(self, x: Any, q: Any, w: Any, b: Any, gain: float) -> Any:
+        """x [B, H, T, E] times gain sigmoid(q.w + b), q [B, H, T, D], w [H, D], b [H, 1].
+
+        The end of an attention.
+        """
+        x, q, w, b = self._data(x=x, q=q, w=w, b=b)
+
+        def define(*args: Any, tokens_first: bool) -> Any:
+            return row_maps.gate(float(gain), *args, tokens_first=tokens_first)
+
+        return self._row_map(define, [x, q], "gate", [w, b], last=True, gain=float(gain))
+
+    def extend(self, x: Any, factor: float, *, one: bool) -> Any:
+        """[x, factor |x|^2] and, with `one`, a 1 behind it: x [B, H, T, D]."""
+        (x,) = self._data(x=x)
+        facts: dict[str, Any] = {"factor": float(factor), "one": one}
+        return self._row_map(lambda x: row_maps.extend(factor, one, x), [x], "extend", **facts)
+
+    def mixture_keys(
+        self, k: Any, shift: Any, rate: Any, mix: Any, *, scale: float, key_norm: bool
+    ) -> Any:
+        """Keys of a mixture of Gaussians for queries [q, -|q|^2 / 2, 1] and logits times `scale`.
+
+        k [B, G, S, D], shift [G, M, D], rate and mix [G, M] -> [B, G, S, M (D + 2)].
+        """
+        k, *rest = self._data(k=k, shift=shift, rate=rate, mix=mix)
+        inverse = 1.0 / scale
+
+        def define(*args: Any) -> Any:
+            return row_maps.mixture(inverse, key_norm, *args)
+
+        facts: dict[str, Any] = {"inverse": inverse, "key_norm": key_norm}
+        return self._row_map(define, [k], "mixture", rest, **facts)
+
+    def _row_map(
+        self,
+        define: Callable[..., Any],
+        tensors: list[Any],
+        name: str,
+        rest: Sequence[Any] = (),
+        *,
+        last: bool = False,
+        **facts: Any,
+    ) -> Any:
+        """A kernel define(*tensors, *rest) that reads `tensors` [B, H, T, X] where they lie.
+
+        `last`: its output is the attention's, and `define` also takes `tokens_first`.
+        """
+        params, layout = self._layout(*tensors)
+        known = {"map": name, "tensors": len(tensors), **facts}
+        if layout is not None:
+            layout = replace(layout, tokens_first=last and layout.tokens_first)
+            known[VIEWS] = layout.to_json()
+
+        def emit(*args: Any) -> Any:
+            first = {"tokens_first": layout is not None and layout.tokens_first} if last else {}
+            if layout is None:
+                return define(*args, **first)
+            views, others = layout.split(args)
+            return define(*views, *others, **first)
+
+        out = self._te(emit, [*params, *rest], f"row_{name}", "row_map", known)
+        return self._heads_first(out, layout, _sizes(tensors[0])) if last else out
 
     def _rows(
         self,
