@@ -6,13 +6,13 @@ Nothing here imports tvm: a process that only runs an artifact reads targets too
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from passes.errors import UnknownName
+from codegen.cores import usable_cores as usable_cores
+from passes.errors import UnknownName, UsageError
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,11 @@ class Target:
         return {**asdict(self), "tvm": dict(self.tvm), "options": dict(self.options)}
 
 
-def usable_cores() -> int:
-    """Cores this process may use (its affinity, not the machine's count)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def checked_threads(asked: object) -> int:
+    """`asked` if it is a number of threads, else `UsageError`."""
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+        raise UsageError(f"threads: {asked!r} given, a whole number from 1 expected")
+    return asked
 
 
 def targets() -> dict[str, Target]:

@@ -250,7 +250,8 @@ def compile(
         target: a target or its name (``rewriter targets``).
         session: a tuning session's folder whose records are applied.
         allow_unscheduled: let kernels without a schedule rule through (slow; never the default).
-        threads: threads used when the artifact is checked and loaded.
+        threads: threads the code is cut for, is checked with and uses where `load` names no
+            other number (default: the cores this process may use).
         precision: of products with weights: "fp32", "bf16" or "int8" (docs/targets.md says what
             each needs); the report says what it costs.
 

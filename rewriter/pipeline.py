@@ -6,11 +6,11 @@ import contextlib
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from codegen.target import Target, target_named
+from codegen.target import Target, checked_threads, target_named
 from passes.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ def build_artifact(
 
     chosen = target_named(target) if isinstance(target, str) else target
     require(precision, chosen)
+    if threads is not None:
+        chosen = replace(chosen, threads=checked_threads(threads))
     stages = Stages(progress)
     tuned = _tuned(session, chosen)
     cache = default_cache()
