@@ -68,7 +68,9 @@ def _options(verb: Any) -> list[str]:
     rows = ["| argument | default | meaning |", "|---|---|---|"]
     for name, parameter in inspect.signature(verb).parameters.items():
         info = get_args(hints[name])[1]
-        flags = list(getattr(info, "param_decls", None) or [])
+        # In an annotation typer keeps the first name of an option where a default would be.
+        named = (getattr(info, "default", None), *(getattr(info, "param_decls", None) or ()))
+        flags = [n for n in named if isinstance(n, str) and n.startswith("-")]
         argument = type(info).__name__ == "ArgumentInfo"
         shown = info.metavar or name if argument else ", ".join(flags or [_flag(name)])
         default = parameter.default

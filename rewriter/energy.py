@@ -1,7 +1,8 @@
 """Energy of a whole model before and after a rewrite: operations by layer, priced.
 
 `count` prices the operations of rewriter/energy_count.py; prices are those of codegen/energy.py.
-An estimate from counted operations, not a measurement.
+`eyeriss` runs every layer through the accelerator model of codegen/eyeriss.py, `eyeriss-released`
+with the defects of the script that came with it. Estimates, not measurements.
 """
 
 from __future__ import annotations
@@ -15,25 +16,50 @@ from passes.errors import UnknownName, UsageError
 from passes.opcount import OpCount
 
 if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
     from passes.plan import Plan
     from passes.substitute import Rewritten
     from passes.traced import Traced
 
 KINDS = ("mul", "add", "shift", "popcount")
-MODELS = ("count",)
+MODELS = ("count", "eyeriss", "eyeriss-released")
 PICOJOULES = 1e9  # in a millijoule
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations charged and their energy in millijoules."""
+    """Operations charged and their energy in millijoules.
+
+    The accelerator model adds the energy of arithmetic alone and a simulated time.
+    """
 
     ops: OpCount
     energy_mj: float
+    arithmetic_mj: float | None = None
+    latency_ms: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """{"mul": n, "add": n, "shift": n, "popcount": n, "energy_mj": x}."""
-        return {**{kind: self.ops.total(kind) for kind in KINDS}, "energy_mj": self.energy_mj}
+        """{"mul": n, "add": n, "shift": n, "popcount": n, "energy_mj": x}, and the model's more."""
+        data: dict[str, Any] = {
+            **{kind: self.ops.total(kind) for kind in KINDS},
+            "energy_mj": self.energy_mj,
+        }
+        if self.latency_ms is not None:
+            data |= {"arithmetic_mj": self.arithmetic_mj, "latency_ms": self.latency_ms}
+        return data
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.ops + other.ops,
+            self.energy_mj + other.energy_mj,
+            _both(self.arithmetic_mj, other.arithmetic_mj),
+            _both(self.latency_ms, other.latency_ms),
+        )
+
+
+def _both(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a + b
 
 
 @dataclass(frozen=True)
@@ -135,30 +161,61 @@ def energy_report(
     sites = find(traced).sites
     before = substitute(traced, sites, Plan({}))
     after = substitute(traced, sites, plan)
-    return compare(before, after, name)
+    return compare(before, after, name, model)
 
 
-def compare(before: Rewritten, after: Rewritten, name: str) -> EnergyReport:
-    """Both models by the rule `count`, layer by layer."""
-    from rewriter.energy_count import count_layers
-
+def compare(before: Rewritten, after: Rewritten, name: str, model: str = "count") -> EnergyReport:
+    """Both models by one energy model, layer by layer."""
     try:
-        old, new = (
-            {(layer.name, layer.kind): layer for layer in count_layers(r.module)}
-            for r in (before, after)
-        )
+        old, new = (_costs(r.module, model) for r in (before, after))
     except ValueError as error:
-        raise UsageError(f"{error}; count a model that was traced with static shapes") from error
+        raise UsageError(f"energy model {model}: {error}") from error
     rows = []
     for key in [*old, *(k for k in new if k not in old)]:
-        a, b = old.get(key), new.get(key)
-        before_, after_ = (price(layer.ops) if layer else None for layer in (a, b))
-        rows.append(LayerCost(*key, before_, after_, b.form if b else ""))
-    totals = [sum((x.ops for x in side.values()), OpCount()) for side in (old, new)]
-    rest = {f"{op}:{t}": n for op, t, n in totals[1] if (op, t) not in HOROWITZ_45NM.picojoules}
-    return EnergyReport(
-        name, "count", _SOURCE, price(totals[0]), price(totals[1]), tuple(rows), rest
-    )
+        form = new[key][1] if key in new else ""
+        pair = [side[key][0] if key in side else None for side in (old, new)]
+        rows.append(LayerCost(*key, pair[0], pair[1], form))
+    zero = Cost(OpCount(), 0.0) if model == "count" else Cost(OpCount(), 0.0, 0.0, 0.0)
+    was, now = (sum((cost for cost, _ in side.values()), zero) for side in (old, new))
+    rest, notes = _left_out(after, model)
+    return EnergyReport(name, model, _SOURCES[model], was, now, tuple(rows), rest, notes)
 
 
-_SOURCE = f"counting rule: Liu et al., EcoFormer, NeurIPS 2022; prices: {HOROWITZ_45NM.source}"
+def _costs(module: GraphModule, model: str) -> dict[tuple[str, str], tuple[Cost, str]]:
+    """{(layer, kind): (cost, form)}."""
+    from rewriter.energy_count import count_layers
+    from rewriter.energy_nests import model_layers
+
+    if model == "count":
+        return {(x.name, x.kind): (price(x.ops), x.form) for x in count_layers(module)}
+    return {
+        (m.layer.name, m.layer.kind): (
+            Cost(m.ops, m.cost.energy_mj, m.cost.arithmetic_mj, m.cost.latency_ms),
+            m.layer.form,
+        )
+        for m in model_layers(module, released=model == "eyeriss-released")
+    }
+
+
+def _left_out(after: Rewritten, model: str) -> tuple[dict[str, int], tuple[str, ...]]:
+    """(operations without a price, what the reader must know)."""
+    from rewriter.energy_count import count_layers
+    from rewriter.energy_nests import model_layers
+
+    if model == "count":
+        ops = sum((x.ops for x in count_layers(after.module)), OpCount())
+        priced = HOROWITZ_45NM.picojoules
+        return {f"{op}:{t}": n for op, t, n in ops if (op, t) not in priced}, ()
+    bare = {m.layer.form for m in model_layers(after.module) if not m.exact}
+    told = f"no data movement is modelled for the form {', '.join(sorted(bare))}"
+    return {}, (told,) if bare else ()
+
+
+_ACCELERATOR = (
+    "accelerator model: You et al., ShiftAddViT, NeurIPS 2023 (row-stationary array, 45 nm)"
+)
+_SOURCES = {
+    "count": f"counting rule: Liu et al., EcoFormer, NeurIPS 2022; prices: {HOROWITZ_45NM.source}",
+    "eyeriss": f"{_ACCELERATOR}, with products of attention and hashing counted",
+    "eyeriss-released": f"{_ACCELERATOR}, as the released script counts",
+}

@@ -55,9 +55,13 @@ def count_layers(module: GraphModule) -> list[Layer]:
     Raises:
         ValueError: an attention with a dynamic size (trace with static shapes to count).
     """
+    return [layer for layer, _ in charged(module)]
+
+
+def charged(module: GraphModule) -> Iterator[tuple[Layer, Node]]:
+    """The charged layers with their nodes."""
     scaled = not any(m.site.reduced and isinstance(m.form, Exact) for _, m in _attentions(module))
     seen: Counter[tuple[str, str]] = Counter()
-    layers = []
     for node in module.graph.nodes:
         layer = _layer(module, node, scaled)
         if layer is None:
@@ -65,8 +69,7 @@ def count_layers(module: GraphModule) -> list[Layer]:
         times = seen[layer.name, layer.kind]
         seen[layer.name, layer.kind] += 1
         name = f"{layer.name}#{times}" if times else layer.name
-        layers.append(Layer(name, layer.kind, layer.ops, layer.form))
-    return layers
+        yield Layer(name, layer.kind, layer.ops, layer.form), node
 
 
 def _attentions(module: GraphModule) -> Iterator[tuple[Node, AttentionModule]]:

@@ -10,7 +10,9 @@ import typer
 from rewriter.cli import options as o
 from rewriter.cli.output import console, print_json
 
-Rule = Annotated[str, typer.Option("--model", help="Energy model: count.")]
+Rule = Annotated[
+    str, typer.Option("--model", help="Energy model: count, eyeriss or eyeriss-released.")
+]
 Page = Annotated[Path | None, typer.Option("--html", help="Also write a page with pictures.")]
 Png = Annotated[Path | None, typer.Option("--png", help="Also write the picture as a PNG.")]
 
