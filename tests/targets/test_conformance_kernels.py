@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from passes.form import form_named, forms
+from passes.forms._features import FeatureForm
 from passes.opcount import OpCount
 from tests.targets.kit_tools import Case, Trial, trial
 
@@ -18,7 +19,14 @@ CASES = [
     Case(T=20, S=20, D=32, E=8, window=(4, 2)),
     Case(T=20, S=31, D=128, E=128, bias=(1, 2, 20, 31)),
 ]
-PAIRS = [(n, c) for n in forms() for c in CASES]
+# elu and hedgehog run all cases of the sums that these forms share with them.
+COVERED = (CASES[0], CASES[2])
+PAIRS = [
+    (name, case)
+    for name, form in forms().items()
+    for case in CASES
+    if not (issubclass(form, FeatureForm) and case in COVERED)
+]
 
 
 def _of(name: str, case: Case) -> Trial:
