@@ -38,14 +38,14 @@ _CLAMP = 126.0
 
 
 class Rows:
-    """The features of x [B, H, T, D], `rows` tokens at a time."""
+    """The features of x [B, H, T, D], `rows` tokens at a time, `height` at most."""
 
     width: int  # features of a token, padded
 
-    def __init__(self, x: Any, lanes: int) -> None:
+    def __init__(self, x: Any, lanes: int, height: int) -> None:
         self.x, self.lanes = x, lanes
         self.B, self.H, self.T, self.D = (int(n) for n in x.shape)
-        self.rows = min(ROWS, self.T)
+        self.rows = min(height, self.T)
         self.ragged = self.T % self.rows != 0  # whether a tile may reach beyond the last token
 
     def pack(self) -> None:
@@ -67,8 +67,8 @@ class Rows:
 class Elu(Rows):
     """elu(x) + 1."""
 
-    def __init__(self, x: Any, lanes: int) -> None:
-        super().__init__(x, lanes)
+    def __init__(self, x: Any, lanes: int, height: int) -> None:
+        super().__init__(x, lanes, height)
         self.width = up(self.D, max(lanes, ROWS))
 
     def block(self, b: Any, h: Any, first: Any, tiles: Any, out: Any, seen: Seen | None) -> None:
@@ -98,8 +98,8 @@ class Pair(Rows):
     again with its extremes.
     """
 
-    def __init__(self, x: Any, w: Any, scale: float, lanes: int) -> None:
-        super().__init__(x, lanes)
+    def __init__(self, x: Any, w: Any, scale: float, lanes: int, height: int) -> None:
+        super().__init__(x, lanes, height)
         self.w, self.scale, self.R = w, scale, int(w.shape[2])
         self.half = up(self.R, max(lanes, ROWS))
         self.width = 2 * self.half

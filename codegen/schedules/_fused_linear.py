@@ -37,12 +37,14 @@ class Shared:
     norm: Any  # [heads, entries, F]
 
     def __init__(self, facts: FusedFacts, target: Target, args: list[Any], out: Any) -> None:
-        self.facts, self.target, self.lanes = facts, target, target.lanes
+        self.facts, self.lanes = facts, target.lanes
+        # Two vectors a row are accumulated in registers, beside operands.
+        self.height = ROWS if target.vector_registers >= 4 * ROWS else ROWS // 2
         self.q, self.k, self.v, *rest = args
         (w_q, w_k), self.mask = facts.split(rest)
         self.out = out
         self.fq, self.fk = (
-            _rows(facts, x, w, s, self.lanes)
+            _rows(facts, x, w, s, self.lanes, self.height)
             for x, w, s in zip((self.q, self.k), (w_q, w_k), facts.scales, strict=True)
         )
         self.B, self.H, self.T, _ = (int(n) for n in self.q.shape)
@@ -84,14 +86,15 @@ class Shared:
 
     def absorb(self, keys: Any, values: Any, number: Any, state: Any, norm: Any) -> None:
         """state(r, e) += keys^T values and norm(r) += the sums of keys, over `number` rows."""
-        with T.serial(0, self.F // ROWS) as block:
-            r0 = block * ROWS
+        with T.serial(0, self.F // self.height) as block:
+            r0 = block * self.height
             for e0, width in self.columns:
                 tile(
                     lambda i, j: keys[j, r0 + i],
                     lambda j, e, e0=e0: values[j, e0 + e],  # type: ignore[misc]
                     number,
                     lambda i, e, s, e0=e0: state.put(s, r0 + i, e0 + e),  # type: ignore[misc]
+                    rows=self.height,
                     width=width,
                     start=lambda i, e, e0=e0: state(r0 + i, e0 + e),  # type: ignore[misc]
                 )
@@ -182,5 +185,7 @@ class Part:
         T.buffer_store(self.buffer, value, [*self.lead, *at])
 
 
-def _rows(facts: FusedFacts, x: Any, w: Any, scale: float, lanes: int) -> Rows:
-    return Elu(x, lanes) if facts.map == "elu1" else Pair(x, w, scale, lanes)
+def _rows(facts: FusedFacts, x: Any, w: Any, scale: float, lanes: int, height: int) -> Rows:
+    if facts.map == "elu1":
+        return Elu(x, lanes, height)
+    return Pair(x, w, scale, lanes, height)

@@ -10,7 +10,7 @@ import pytest
 from tvm import tirx
 from tvm.s_tir import SBlock
 
-from tests.targets.kit_tools import Case, trial
+from tests.targets.kit_tools import Case, trial, with_target
 
 CASES = [
     Case(),
@@ -33,7 +33,7 @@ CASES = [
 
 # hedgehog adds the projection and the softmax pair; the rest is the same code.
 PAIRS = [("elu", c) for c in CASES]
-PAIRS += [("hedgehog", c) for c in CASES[1:4] + CASES[9:10] + CASES[12:]]
+PAIRS += [("hedgehog", c) for c in CASES[1:2] + CASES[3:4] + CASES[9:10] + CASES[12:]]
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS, ids=str)
@@ -53,8 +53,7 @@ def test_rows_that_see_no_key_are_zero(causal: bool) -> None:
     assert np.isfinite(y).all()
 
 
-@pytest.mark.parametrize("name", ["elu", "hedgehog"])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("name", "causal"), [("elu", False), ("hedgehog", True)])
 def test_nan_reaches_the_rows_it_concerns(name: str, causal: bool) -> None:
     t = trial(name, Case(T=80, S=80, causal=causal), np.random.default_rng())
     t.arrays["q"][0, 1, 7, 3] = np.nan
@@ -93,8 +92,7 @@ def test_large_and_nan_logits_keep_to_their_rows(causal: bool) -> None:
     np.testing.assert_allclose(got, want, atol=2e-4, rtol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["elu", "hedgehog"])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("name", "causal"), [("elu", True), ("hedgehog", False)])
 def test_nothing_of_a_hidden_key_gets_through(name: str, causal: bool) -> None:
     case = Case(B=2, T=60, S=60, key_rows=2, causal=causal)
     t = trial(name, case, np.random.default_rng())
@@ -127,6 +125,13 @@ def test_scratch_does_not_grow_with_tokens(name: str, causal: bool) -> None:
     assert short > 0
     assert long <= 1.5 * short
     assert long < 8192 * 3 * 32  # one tensor of a site of this length
+
+
+def test_few_vector_registers() -> None:
+    """The schedule of an AVX2 machine, run here."""
+    t = trial("hedgehog", Case(T=27, S=27, E=20, causal=True), np.random.default_rng())
+    t = with_target(t, vector_bytes=32, vector_registers=16)
+    np.testing.assert_allclose(t.run(), t.reference(), atol=2e-5, rtol=0)
 
 
 def buffers_of(node: Any) -> list[Any]:
