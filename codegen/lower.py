@@ -26,6 +26,7 @@ from codegen.target import Target
 from passes.opcount import OpCount
 
 Progress = Callable[..., None]
+_CALLS = ("relax.call_tir", "relax.call_tir_inplace")
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def _kernels(mod: Any, outcomes: dict[str, Outcome]) -> list[KernelInfo]:
     calls: Counter[str] = Counter()
 
     def visit(expr: Any) -> None:
-        if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.call_tir":
+        if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") in _CALLS:
             calls[expr.args[0].name_hint] += 1
 
     relax.analysis.post_order_visit(mod["main"], visit)

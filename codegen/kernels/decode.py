@@ -15,7 +15,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels.attention import MINIMUM
-from codegen.kernels.tiles import load, reduce_row, scratch, store, tile, vectors
+from codegen.kernels.tiles import imax, imin, load, reduce_row, scratch, store, tile, vectors
 from codegen.kernels.vector_math import f32, vexp_weight
 
 NAME = "decode"
@@ -124,7 +124,8 @@ def attention_step(scale: float, tensors: dict[str, Tensor], lanes: int) -> Any:
     def body(q: Any, k: Any, v: Any, position: Any, keys: Any, values: Any, out: Any) -> None:
         (b_, h_, t_, d_), g_ = _sizes(q), _sizes(k)[1]
         group, block = h_ // g_, _sizes(keys)[4]
-        first = tirx.Cast("int32", position[0, 0])
+        told = tirx.Cast("int32", position[0, 0])
+        first = imax(0, imin(told, _sizes(values)[2] - t_))  # never outside the buffers
         with T.parallel(0, b_ * g_) as bg:
             b, g = bg // g_, bg % g_
             with T.serial(0, t_) as t:

@@ -145,6 +145,17 @@ def test_nan_in_one_head_stays_there(name: str) -> None:
     assert not bad[0, 2:].any()
 
 
+@pytest.mark.parametrize("first", [10**6, -5])
+def test_a_position_outside_stays_inside_the_buffers(first: int) -> None:
+    rng, case = np.random.default_rng(), Case(T=3, causal=True)
+    step = build("exact", case, rng)
+    room = step.form.state(case.site, LENGTH)[1].shape[2]
+    q, k, v = tensors(case, rng, 3)
+    outs = [step(q, k, v, states(step, 0.0), at) for at in (first, max(0, min(first, room - 3)))]
+    for wild, inside in zip(*outs, strict=True):
+        np.testing.assert_array_equal(wild.numpy(), inside.numpy())
+
+
 def test_a_gpu_has_no_kernel_for_it() -> None:
     with pytest.raises(LoweringError, match="compile for a processor"):
         build("elu", CASES[0], np.random.default_rng(), target_named("cuda:sm_90"))
