@@ -23,13 +23,15 @@ def _write(lanes: int, x: Any, q: Any, scale: Any, zero: Any) -> None:
     wide, count = int(q.shape[-1]), 1
     for n in lead:
         count *= n
+    # Four registers hide the latency of a reduction's steps.
+    wide_lanes = next((n * lanes for n in (4, 2) if depth % (n * lanes) == 0), lanes)
     with T.parallel(0, count) as flat:
         at = _index(flat, lead)
         nought, low, step, inverse, code = (scratch(1) for _ in range(5))
         T.buffer_store(nought, f32(0.0), [0])
 
         def reduced(value: Any, op: Any, first: float) -> Any:
-            return reduce_row(depth, lanes, lambda j: value(x[(*at, j)]), op, first)
+            return reduce_row(depth, wide_lanes, lambda j: value(x[(*at, j)]), op, first)
 
         lowest = reduced(lambda v: v, lambda a, b: tirx.Select(a < b, a, b), LARGEST)
         T.buffer_store(low, lowest, [0])
