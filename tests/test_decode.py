@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +16,11 @@ import torch
 
 from codegen.decoding import Decoder
 from codegen.runtime import Artifact, load
+from passes.decode_seal import seal_step
 from passes.errors import FormError, InputError, ModelError, UsageError
 from rewriter.api import Result, rewrite
 from rewriter.decode import compile_decoder
-from rewriter.decode_models import language_model
+from rewriter.decode_models import language_model, told_positions
 from rewriter.loaded import LoadedModel
 from tests.decode_models import MODELS, VOCABULARY, follows, tiny_gpt2, tiny_llama
 
@@ -140,6 +144,20 @@ def test_wrong_tokens_are_refused(mixed: Made, tokens: Any, number: int, words: 
         mixed.artifact.generate(tokens, number)
 
 
+def test_a_fresh_process_needs_neither_torch_nor_the_compiler(mixed: Made) -> None:
+    prompt = prompt_of(20).numpy()
+    code = (
+        "import sys, json, numpy as np\n"
+        "from codegen.runtime import load\n"
+        "new = load(sys.argv[1], threads=1).generate(np.array(json.loads(sys.argv[2])), 30)\n"
+        "assert not {'torch', 'tvm', 'transformers'} & set(sys.modules)\n"
+        "print(json.dumps(new.tolist()))\n"
+    )
+    command = [sys.executable, "-c", code, str(mixed.artifact.path), json.dumps(prompt.tolist())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert json.loads(done.stdout) == mixed.artifact.generate(prompt, 30).tolist()
+
+
 def test_it_is_not_called_like_others(mixed: Made) -> None:
     with pytest.raises(UsageError, match="generates tokens"):
         mixed.artifact.run({})
@@ -181,6 +199,36 @@ def test_a_mask_of_padding_is_refused(tmp_path: Path) -> None:
     result = rewrite(model, inputs, form="exact", on_noop="ok")
     with pytest.raises(FormError, match="M05"):
         compile_decoder(model, result, path=tmp_path / "x.rwa")
+
+
+def test_a_base_model_is_read_out_with_its_embeddings_only_where_they_are_tied() -> None:
+    from rewriter.models import load_model
+
+    loaded = language_model(load_model("llama-tiny", tokens=8))
+    assert list(loaded.example_inputs) == ["input_ids"]
+    with torch.no_grad():
+        logits = loaded.model(**loaded.example_inputs)["logits"]
+    assert logits.shape == (1, 8, 8000)
+    base = tiny_llama().model
+    ids = {"input_ids": torch.zeros(1, 4, dtype=torch.long)}
+    with pytest.raises(ModelError, match="has no head"):
+        language_model(LoadedModel(base, ids, "mine", "text"))
+
+
+def test_a_folder_of_a_language_model(tmp_path: Path) -> None:
+    from rewriter.models import load_model
+
+    tiny_llama().save_pretrained(tmp_path)
+    loaded = language_model(load_model(str(tmp_path), tokens=12, batch=2))
+    assert list(loaded.example_inputs) == ["input_ids"]  # its mask of padding is left out
+    result = rewrite(loaded.model, loaded.example_inputs, form="elu")
+    assert [s.mask.kind for s in result.rewritten.sites] == ["causal", "causal"]
+    ids, logits = loaded.example_inputs["input_ids"], result.model(**loaded.example_inputs)
+    with told_positions(loaded.model) as model:
+        sealed = seal_step(model, result.rewritten, tokens=12, length=12)
+    given = (ids, torch.arange(12).expand(2, 12), *(s.zeros() for s in sealed.states))
+    last = sealed.program.module()(*given)[0]
+    torch.testing.assert_close(last, logits["logits"][:, -1], rtol=1e-4, atol=1e-4)
 
 
 def test_models_that_do_not_generate() -> None:
