@@ -18,6 +18,7 @@ from codegen.kernels.fused_linear import FusedFacts
 from codegen.kernels.views import VIEWS, Layout
 from codegen.kit_decode import DecodeKernels
 from codegen.kit_hash import HashKernels
+from codegen.kit_landmarks import LandmarkKernels
 from codegen.kit_maps import MapKernels
 from codegen.kit_rows import RowKernels
 from codegen.producers import Features, features_of_both
@@ -28,7 +29,7 @@ from passes.errors import LoweringError
 _DTYPES = ("float32", "float16")
 
 
-class Kit(HashKernels, MapKernels, DecodeKernels, RowKernels):
+class Kit(HashKernels, MapKernels, DecodeKernels, RowKernels, LandmarkKernels):
     """Kernels at hand, written into `builder` for `target`."""
 
     def __init__(self, builder: Any, target: Target) -> None:

@@ -1,0 +1,84 @@
+"""The kit's landmarks and small inverses of the low-rank forms (a part of codegen/kit.py).
+
+Everything is float32. Letters as in passes/site.py; m landmarks. These kernels are for processors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import relax
+
+from codegen.kernels import landmarks
+from codegen.kernels.attention import attributes
+from passes.errors import LoweringError
+
+
+class LandmarkKernels:
+    """Mixed into `Kit`, which brings the builder and the emitters."""
+
+    builder: Any
+    target: Any
+    _data: Any
+
+    def segment_means(self, x: Any, m: int, key_mask: Any = None) -> Any:
+        """Means of m runs of the visible tokens: x [B, G, S, D] -> [B, G, m, D] float32.
+
+        Without a token to its name a landmark is 0.
+        """
+        (x,) = self._data(x=x)
+        b, g, _, d = _sizes(x)
+        args = [x, *self._masks(key_mask)]
+        return self._landmarks("segments", landmarks.segments, args, (b, g, m, d))
+
+    def filled_segments(self, key_mask: Any, m: int) -> Any:
+        """Which of the m landmarks have a visible token: bool [B or 1, m]; None without a mask."""
+        if key_mask is None:
+            return None
+        (mask,) = self._masks(key_mask)
+        out = (_sizes(mask)[0], m)
+        return self._landmarks("filled", landmarks.filled, [mask], out, dtype="bool")
+
+    def apply_pseudo_inverse(
+        self, q: Any, k: Any, w: Any, *, key_mask: Any = None, scale: float, steps: int
+    ) -> Any:
+        """A^+ w, A = softmax(scale q k^T): q [B, H, m, D], k [B, G, m, D], w [B, H, m, E]."""
+        q, k, w = self._data(q=q, k=k, w=w)
+
+        def define(*args: Any) -> None:
+            landmarks.pseudo_inverse(scale, steps, *args)
+
+        args = [q, k, w, *self._masks(key_mask)]
+        facts: dict[str, Any] = {"scale": scale, "steps": steps}
+        return self._landmarks("pseudo_inverse", define, args, _sizes(w), **facts)
+
+    def _masks(self, *masks: Any) -> list[Any]:
+        return [self.builder.normalize(m) for m in masks if m is not None]
+
+    def _landmarks(
+        self,
+        kernel: str,
+        define: Any,
+        args: list[Any],
+        shape: tuple[int, ...],
+        *,
+        dtype: str = "float32",
+        **facts: Any,
+    ) -> Any:
+        if self.target.kind == "gpu":
+            raise LoweringError(f"the kernel {kernel!r} of landmarks is not there for a GPU yet")
+        types = [(_sizes(x), _dtype(x)) for x in args]
+        func = landmarks.prim(types, (shape, dtype), define).without_attr("global_symbol")
+        for key, value in attributes("landmarks", {"kernel": kernel, **facts}).items():
+            func = func.with_attr(key, value)
+        name = self.builder.add_func(func, f"landmarks_{kernel}")
+        out = relax.TensorType(shape, dtype)
+        return self.builder.emit(relax.call_tir(name, args, out))
+
+
+def _sizes(expr: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in expr.ty.shape)
+
+
+def _dtype(expr: Any) -> str:
+    return str(getattr(expr.ty.dtype, "dtype", expr.ty.dtype))
