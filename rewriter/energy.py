@@ -8,12 +8,13 @@ with the defects of the script that came with it. Estimates, not measurements.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from codegen.energy import HOROWITZ_45NM, EnergyTable, energy
 from passes.errors import UnknownName, UsageError
 from passes.opcount import OpCount
+from passes.site import SiteStatus
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -161,7 +162,24 @@ def energy_report(
     sites = find(traced).sites
     before = substitute(traced, sites, Plan({}))
     after = substitute(traced, sites, plan)
-    return compare(before, after, name, model)
+    report = compare(before, after, name, model)
+    return replace(report, notes=(*left_as_they_are(plan), *report.notes))
+
+
+def left_as_they_are(plan: Plan) -> list[str]:
+    """A sentence for every reason why sites of a plan keep their softmax."""
+    counts: dict[str, int] = {}
+    for choice in plan.choices.values():
+        if choice.status is not SiteStatus.REWRITTEN:
+            # A refusal names its site; by its code alone equal ones count together.
+            refused = choice.status is SiteStatus.REFUSED
+            word = (
+                ", refused by ".join(reversed(choice.why.split(": ")[:2]))
+                if refused
+                else choice.why
+            )
+            counts[word] = counts.get(word, 0) + 1
+    return [f"{n} of {len(plan.choices)} sites keep their softmax ({w})" for w, n in counts.items()]
 
 
 def compare(before: Rewritten, after: Rewritten, name: str, model: str = "count") -> EnergyReport:

@@ -187,6 +187,8 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert set(data[side]) == {"mul", "add", "shift", "popcount", "energy_mj"}
         assert all(isinstance(data[side][k], int) for k in ("mul", "add", "shift", "popcount"))
     assert data["after"]["mul"] > data["before"]["mul"]
+    told = "1 of 4 sites keep their softmax (msa: keys and values already come from all tokens)"
+    assert data["notes"] == [told]
     argv = ["energy", spec, "--form", "msa", "--html", str(page), "--png", str(picture)]
     assert run(argv) == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -52,4 +52,5 @@ def verb(
         print_json(report.to_json())
         return
     console.print(table(report))
-    console.print(report.summary(), markup=False)
+    for line in (*report.notes, report.summary()):
+        console.print(line, markup=False)
