@@ -9,7 +9,7 @@ from typing import Any
 
 from tvm import relax
 
-from codegen.kernels import landmarks
+from codegen.kernels import landmarks, pooling
 from codegen.kernels.attention import attributes
 from passes.errors import LoweringError
 
@@ -52,6 +52,27 @@ class LandmarkKernels:
         facts: dict[str, Any] = {"scale": scale, "steps": steps}
         return self._landmarks("pseudo_inverse", define, args, _sizes(w), **facts)
 
+    def pool(self, x: Any, w: Any, key_mask: Any = None) -> Any:
+        """Visible tokens pooled by weights, over the slots' coverage: [B, G, r, D] float32.
+
+        x [B, G, S, D], w [G, r, S]; the coverage of a slot is the part of its |w| that is visible.
+        """
+        w, x = self._data(w=w, x=x)
+        (b, g, s, d), (_, r, keys) = _sizes(x), _sizes(w)
+        if keys != s:
+            raise LoweringError(f"pooling weights are for {keys} tokens, and there are {s}")
+        args = [w, x, *self._masks(key_mask)]
+        return self._landmarks("pool", pooling.pool, args, (b, g, r, d), rule="pooling")
+
+    def slot_bias(self, w: Any, bias: Any, batch: int, key_mask: Any = None) -> Any:
+        """bias [G, r] plus the log of each slot's coverage: [B or 1, G, 1, r]."""
+        w, bias = self._data(w=w, bias=bias)
+        g, r, _ = _sizes(w)
+        if key_mask is None:
+            return self.builder.emit(relax.op.reshape(bias, (1, g, 1, r)))
+        args, out = [w, bias, *self._masks(key_mask)], (batch, g, 1, r)
+        return self._landmarks("slot_bias", pooling.slot_bias, args, out, rule="pooling")
+
     def _masks(self, *masks: Any) -> list[Any]:
         return [self.builder.normalize(m) for m in masks if m is not None]
 
@@ -63,15 +84,16 @@ class LandmarkKernels:
         shape: tuple[int, ...],
         *,
         dtype: str = "float32",
+        rule: str = "landmarks",
         **facts: Any,
     ) -> Any:
         if self.target.kind == "gpu":
-            raise LoweringError(f"the kernel {kernel!r} of landmarks is not there for a GPU yet")
+            raise LoweringError(f"the kernel {rule}_{kernel} is not there for a GPU yet")
         types = [(_sizes(x), _dtype(x)) for x in args]
         func = landmarks.prim(types, (shape, dtype), define).without_attr("global_symbol")
-        for key, value in attributes("landmarks", {"kernel": kernel, **facts}).items():
+        for key, value in attributes(rule, {"kernel": kernel, **facts}).items():
             func = func.with_attr(key, value)
-        name = self.builder.add_func(func, f"landmarks_{kernel}")
+        name = self.builder.add_func(func, f"{rule}_{kernel}")
         out = relax.TensorType(shape, dtype)
         return self.builder.emit(relax.call_tir(name, args, out))
 

@@ -35,6 +35,11 @@ class RowKernels:
         (x,) = self._data(x=x)
         return _sizes(x)[1]
 
+    def batch(self, x: Any) -> int:
+        """The batch of x [B, H, T, D]."""
+        (x,) = self._data(x=x)
+        return _sizes(x)[0]
+
     def repeat_heads(self, x: Any, heads: int) -> Any:
         """x [B, G, S, D] with each head heads / G times: [B, heads, S, D]."""
         (x,) = self._data(x=x)
