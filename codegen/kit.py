@@ -2,7 +2,8 @@
 
 Every method takes and returns Relax expressions and emits one PrimFunc, which carries the name
 of the schedule rule meant for it and is not fused with its neighbours. Shapes must be static.
-Data is float32 or float16 (sums are float32). Letters as in passes/site.py.
+Data is float32 or float16 (sums are float32). Letters as in passes/site.py. On processors
+`linear_attention` fuses with the feature maps that made its features (codegen/producers.py).
 """
 
 from __future__ import annotations
