@@ -19,6 +19,9 @@ class Variant:
 
 EXACT = Variant("ours", {"form": "exact"})
 HEDGEHOG = Variant("ours-hedgehog", {"form": "hedgehog"})
+BF16 = Variant("ours-bf16", {"form": "exact", "precision": "bf16"})
+INT8 = Variant("ours-int8", {"form": "exact", "precision": "int8"})
+HEDGEHOG_BF16 = Variant("ours-hedgehog-bf16", {"form": "hedgehog", "precision": "bf16"})
 
 
 @dataclass(frozen=True)
@@ -38,26 +41,27 @@ class Workload:
     seconds: float = field(default=0.0)  # expected for a whole run, for the estimate
 
 
-def _text(model: str, tokens: int, batch: int = 1, seconds: float = 70) -> Workload:
+def _text(model: str, tokens: int, *more: Variant, batch: int = 1, seconds: float = 70) -> Workload:
     name = f"{model}-{tokens}" + (f"-batch{batch}" if batch > 1 else "")
-    return Workload(name, model, {"tokens": tokens, "batch": batch}, tokens, seconds=seconds)
+    load = {"tokens": tokens, "batch": batch}
+    return Workload(name, model, load, tokens, (EXACT, HEDGEHOG, *more), seconds=seconds)
 
 
-def _image(model: str, side: int, patch: int, seconds: float = 70) -> Workload:
-    return Workload(
-        f"{model}-{side}px", model, {"image": side}, (side // patch) ** 2, seconds=seconds
-    )
+def _image(model: str, side: int, patch: int, *more: Variant, seconds: float = 70) -> Workload:
+    variants = (EXACT, HEDGEHOG, *more)
+    tokens = (side // patch) ** 2
+    return Workload(f"{model}-{side}px", model, {"image": side}, tokens, variants, seconds=seconds)
 
 
 WORKLOADS: tuple[Workload, ...] = (
     _text("minilm", 16),
     _text("minilm", 128),
-    _text("minilm", 512),
+    _text("minilm", 512, BF16, INT8),
     _text("minilm", 128, batch=8),
     _text("bert-base", 512, seconds=110),
     _image("deit-tiny", 224, 16),
     _image("deit-tiny", 512, 16),
-    _image("deit-tiny", 1024, 16, seconds=160),
+    _image("deit-tiny", 1024, 16, HEDGEHOG_BF16, seconds=160),
     _image("deit-small", 224, 16, seconds=80),
     _image("pvt_v2_b0", 224, 4, seconds=100),
     _text("gpt2", 1024, seconds=120),
