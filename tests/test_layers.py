@@ -82,6 +82,7 @@ def test_public_doors_are_frozen() -> None:
         "rewrite",
         "compile",
         "load",
+        "fine_tune",
         "tune",
         "Result",
         "Plan",
