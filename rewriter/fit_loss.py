@@ -39,9 +39,7 @@ def divergence(attention: AttentionModule, call: Call, target: Tensor | None = N
     """
     want = teacher_weights(attention, call) if target is None else target
     params = dict(attention.params.items())
-    got = attention.form.weights(
-        attention.spec, params, call.q, call.k, call.key_mask, call.bias
-    )
+    got = attention.form.weights(attention.spec, params, call.q, call.k, call.key_mask, call.bias)
     if not attention.form.normalised:  # or growing all weights would look like a gain
         got = got / got.abs().sum(-1, keepdim=True).clamp_min(TINY)
     got = got.clamp_min(TINY)
