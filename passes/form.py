@@ -44,6 +44,7 @@ class Reason(StrEnum):
     DTYPE = "T01"
     DROPOUT = "P01"
     LENGTH = "L01"
+    SHARED = "S01"
 
 
 @dataclass(frozen=True)

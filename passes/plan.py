@@ -40,9 +40,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Site id -> Choice, in the order of the graph."""
+    """Site id -> Choice, in the order of the graph; and the same for linear layers by id."""
 
     choices: Mapping[str, Choice]
+    linears: Mapping[str, Choice] = field(default_factory=dict)
 
     def __getitem__(self, site_id: str) -> Choice:
         return self.choices[site_id]
@@ -54,11 +55,17 @@ class Plan:
 
     def with_choice(self, site_id: str, choice: Choice) -> Plan:
         """The same plan with one site changed."""
-        return Plan({**self.choices, site_id: choice})
+        return replace(self, choices={**self.choices, site_id: choice})
 
     def to_json(self) -> dict[str, Any]:
         """Plain data with a schema version."""
-        return {"schema": SCHEMA, "sites": {s: c.to_json() for s, c in self.choices.items()}}
+        data: dict[str, Any] = {
+            "schema": SCHEMA,
+            "sites": {s: c.to_json() for s, c in self.choices.items()},
+        }
+        if self.linears:
+            data["linears"] = {layer: c.to_json() for layer, c in self.linears.items()}
+        return data
 
     @classmethod
     def from_json(cls, data: Any, name: str = "plan") -> Plan:
@@ -67,7 +74,13 @@ class Plan:
             raise PlanError(f'{name}: expected an object with "schema" and "sites"')
         if data.get("schema") != SCHEMA:
             raise PlanError(f"{name}: schema {data.get('schema')!r} is not {SCHEMA}")
-        return cls({s: _choice(name, s, c) for s, c in data["sites"].items()})
+        linears = data.get("linears", {})
+        if not isinstance(linears, Mapping):
+            raise PlanError(f'{name}: "linears" must be an object from layer to form')
+        return cls(
+            {s: _choice(name, s, c) for s, c in data["sites"].items()},
+            {layer: _choice(name, layer, c) for layer, c in linears.items()},
+        )
 
     def save(self, path: Path) -> None:
         """Write as JSON, beside and then renamed; `PlanError` if it can not be written."""
@@ -174,4 +187,4 @@ def bind_plan(plan: Plan, sites: Sequence[AttentionSite]) -> Plan:
         elif choice.status is SiteStatus.REWRITTEN:  # edited by hand to keep
             choice = replace(choice, status=SiteStatus.KEPT)
         bound[site.id] = choice
-    return Plan(bound)
+    return Plan(bound, plan.linears)

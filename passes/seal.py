@@ -20,6 +20,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.errors import LoweringError
 from passes.form import Form, FormSpec, form_named
+from passes.linear_seal import SealedLinear, is_linear_op
+from passes.linears import LinearModule
 from passes.substitute import AttentionModule, Rewritten
 from passes.traced import Traced
 
@@ -169,6 +171,8 @@ def _inference_copy(module: GraphModule) -> tuple[GraphModule, list[str]]:
     for name, child in module.named_modules():
         if isinstance(child, AttentionModule):
             sealed.set_submodule(name, Sealed(child))
+        elif isinstance(child, LinearModule):
+            sealed.set_submodule(name, SealedLinear(child))
     notes = [f"{dropped} dropouts recorded in training mode are left out"] if dropped else []
     return sealed.eval(), notes
 
@@ -200,8 +204,9 @@ def _copy_origins(source: Graph, exported: Graph) -> None:
 
 
 def _label(node: Node) -> str:
-    attention = node.op == "call_module" or is_form_op(node.target)
-    return "attention" if attention else str(node.target)
+    if node.op == "call_module" or is_form_op(node.target) or is_linear_op(node.target):
+        return "module"
+    return str(node.target)
 
 
 def _copy_origin(source: Node, exported: Node) -> None:

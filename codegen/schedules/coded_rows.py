@@ -1,0 +1,70 @@
+"""Products of a few rows with coded weights: panels side by side in registers, depth innermost."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from codegen.rule import Rule
+from codegen.schedules._coded import LANES, instruction, llvm_code
+from codegen.schedules._common import Blocks, extent, parallel_chunks
+from codegen.schedules._dot import IMPORT
+from codegen.schedules.dense import store_block, store_vectors
+from codegen.target import Target
+from passes.linear_forms._codes import PANEL, CodeSpec
+
+_NAME = re.compile(r"coded_(add|fma)_b(\d)t(\d)$")
+_REGISTERS = 24  # of 32, for sums
+
+
+def apply(func: Any, target: Target) -> Any | None:
+    """Sums of some panels in registers; the codes of a word in one step where AVX-512 is."""
+    blocks = Blocks(func)
+    found = next((m for m in map(_NAME.match, blocks.names) if m), None)
+    if found is None:
+        return None
+    kind, spec = found[1], CodeSpec(int(found[2]), int(found[3]))
+    sch, product = blocks.sch, blocks.named(found[0])
+    store = store_block(blocks, found[0])
+    rows, columns, group, inner = sch.get_loops(product)
+    chunk, panel = sch.split(columns, [None, PANEL * _together(sch, rows, columns, target)])
+    vector, lane = sch.split(panel, [None, target.lanes])
+    tables = _tables(target)
+    steps = (lane, inner) if tables else (inner, lane)
+    sch.reorder(chunk, group, rows, vector, *steps)
+    _, last = parallel_chunks(sch, [chunk], target)
+    if "coded_x" in blocks.names:
+        _pad(sch, blocks.named("coded_x"))
+    sch.reverse_compute_at(store, last)
+    store_vectors(sch, store, target)
+    sch.unroll(rows)
+    sch.unroll(vector)
+    if not tables:
+        sch.unroll(inner)
+        sch.vectorize(lane)
+        sch.decompose_reduction(product, group)
+        return sch
+    start = sch.decompose_reduction(product, group)
+    sch.vectorize(sch.get_loops(start)[-1])
+    index = str(sch.get(lane).loop_var.ty)
+    sch.tensorize(lane, instruction(kind, spec, index))
+    sch.annotate(last, IMPORT, llvm_code(kind, spec, target))
+    return sch
+
+
+def _pad(sch: Any, block: Any) -> None:
+    sch.vectorize(sch.split(sch.get_loops(block)[-1], [None, 4])[1])
+
+
+def _together(sch: Any, rows: Any, columns: Any, target: Target) -> int:
+    """Panels summed side by side: they share what is made for an input."""
+    panels, vectors = extent(sch, columns) // PANEL, PANEL // target.lanes
+    most = max(1, min(4, _REGISTERS // (extent(sch, rows) * vectors)))
+    return max(n for n in range(1, most + 1) if panels % n == 0)
+
+
+def _tables(target: Target) -> bool:
+    return target.lanes == LANES and "avx512f" in target.features
+
+
+RULE = Rule("coded_rows", apply, kinds=("cpu", "edge"), order=18)
