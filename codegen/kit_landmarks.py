@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from tvm import relax
 
-from codegen.kernels import landmarks, pooling
+from codegen.kernels import blocks, landmarks, pooling
 from codegen.kernels.attention import attributes
 from passes.errors import LoweringError
 
@@ -20,16 +21,22 @@ class LandmarkKernels:
     builder: Any
     target: Any
     _data: Any
+    exact_attention: Any
 
-    def segment_means(self, x: Any, m: int, key_mask: Any = None) -> Any:
+    def segment_means(self, x: Any, m: int, key_mask: Any = None, *, block: int = 0) -> Any:
         """Means of m runs of the visible tokens: x [B, G, S, D] -> [B, G, m, D] float32.
 
-        Without a token to its name a landmark is 0.
+        Without a token to its name a landmark is 0. With `block` a run is so many neighbours,
+        visible or not.
         """
+
+        def define(*args: Any) -> None:
+            landmarks.segments(block, *args)
+
         (x,) = self._data(x=x)
         b, g, _, d = _sizes(x)
         args = [x, *self._masks(key_mask)]
-        return self._landmarks("segments", landmarks.segments, args, (b, g, m, d))
+        return self._landmarks("segments", define, args, (b, g, m, d), block=block)
 
     def filled_segments(self, key_mask: Any, m: int) -> Any:
         """Which of the m landmarks have a visible token: bool [B or 1, m]; None without a mask."""
@@ -72,6 +79,68 @@ class LandmarkKernels:
             return self.builder.emit(relax.op.reshape(bias, (1, g, 1, r)))
         args, out = [w, bias, *self._masks(key_mask)], (batch, g, 1, r)
         return self._landmarks("slot_bias", pooling.slot_bias, args, out, rule="pooling")
+
+    def chosen_blocks(
+        self, q: Any, k: Any, v: Any, *, key_mask: Any, scale: float, block: int, best: int
+    ) -> Any:
+        """Softmax over the own and the `best` blocks of keys and the means of all others.
+
+        q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] float32 -> [B, H, T, E].
+        """
+        q, k, v = self._data(q=q, k=k, v=v)
+        (b, h, t, d), e = _sizes(q), _sizes(v)[3]
+        number = -(-t // block)
+        means_q = self.segment_means(q, number, key_mask, block=block)
+        means_k, means_v = (self.segment_means(x, number, key_mask, block=block) for x in (k, v))
+        counts = self._log_counts(key_mask, t, block)
+        places = (b, h, number, best + 1)
+
+        def choose(*args: Any) -> None:
+            blocks.choose(scale, *args)
+
+        chosen = self._landmarks("choose", choose, [means_q, means_k, counts], places,
+                                 rule="blocks", dtype="int32", scale=scale)  # fmt: skip
+        length = (best + 1) * block + number
+
+        def added(*args: Any) -> None:
+            blocks.bias(block, t, *args)
+
+        bias = self._landmarks("bias", added, [chosen, counts, *self._masks(key_mask)],
+                               (b * h * number, 1, 1, length), rule="blocks", block=block,
+                               keys=t)  # fmt: skip
+        keys, values = (
+            self._gather(x, m, chosen, block, length) for x, m in ((k, means_k), (v, means_v))
+        )
+        fill = number * block - t
+        if fill:
+            q = self.builder.emit(relax.op.nn.pad(q, [0, 0, 0, 0, 0, fill, 0, 0]))
+        q = self.builder.emit(relax.op.reshape(q, (b * h * number, 1, block, d)))
+        out = self.exact_attention(q, keys, values, bias=bias, scale=scale)
+        out = self.builder.emit(relax.op.reshape(out, (b, h, number * block, e)))
+        return self.builder.emit(relax.op.strided_slice(out, [2], [0], [t])) if fill else out
+
+    def _log_counts(self, key_mask: Any, keys: int, block: int) -> Any:
+        number = -(-keys // block)
+        if key_mask is None:
+            sizes = np.minimum(block, keys - block * np.arange(number))
+            return self.builder.emit(relax.const(np.log(sizes)[None].astype("float32")))
+        (mask,) = self._masks(key_mask)
+
+        def define(*args: Any) -> None:
+            blocks.log_counts(block, *args)
+
+        out = (_sizes(mask)[0], number)
+        return self._landmarks("log_counts", define, [mask], out, rule="blocks", block=block)
+
+    def _gather(self, x: Any, means: Any, chosen: Any, block: int, length: int) -> Any:
+        def define(*args: Any) -> None:
+            blocks.gather(block, *args)
+
+        b, h, number, _ = _sizes(chosen)
+        out = (b * h * number, 1, length, _sizes(x)[3])
+        return self._landmarks(
+            "gather", define, [x, means, chosen], out, rule="blocks", block=block
+        )
 
     def _masks(self, *masks: Any) -> list[Any]:
         return [self.builder.normalize(m) for m in masks if m is not None]

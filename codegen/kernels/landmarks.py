@@ -38,8 +38,11 @@ def one_of(mask: Any, b: Any, j: Any) -> Any:
     return mask[0 if int(mask.shape[0]) == 1 else b, j]
 
 
-def segments(x: Any, *rest: Any) -> None:
-    """Means of runs: x [B, G, S, D], perhaps a key mask [B or 1, S] -> [B, G, m, D]."""
+def segments(block: int, x: Any, *rest: Any) -> None:
+    """Means of runs: x [B, G, S, D], perhaps a key mask [B or 1, S] -> [B, G, m, D].
+
+    With `block` a run is so many neighbouring tokens, visible or not.
+    """
     mask, out = (rest[0] if len(rest) == 2 else None), rest[-1]
     b_, g_, s_, d_ = (int(n) for n in x.shape)
     m_ = int(out.shape[2])
@@ -58,7 +61,7 @@ def segments(x: Any, *rest: Any) -> None:
         with T.grid(g_, m_, d_) as (g, r, d):
             T.buffer_store(sums, f32(0.0), [g, r, d])
         with T.serial(0, s_) as j:
-            run = run_of(rank[0], number[0], m_)
+            run = j // block if block else run_of(rank[0], number[0], m_)
             one = f32(1.0) if mask is None else tirx.Cast("float32", one_of(mask, b, j))
             T.buffer_store(sizes, sizes[run] + one, [run])
             with T.grid(g_, d_) as (g, d):

@@ -54,7 +54,9 @@ def _segments(facts: dict[str, Any], lanes: int, x: Any, *rest: Any) -> None:
             one = tirx.const(1, "int32")
             if mask is not None:
                 one = tirx.Cast("int32", one_of(mask, b, j))
-            T.buffer_store(runs, run_of(rank[0], number[0], m_), [b, j])
+            block = int(facts["block"])
+            run = j // block if block else run_of(rank[0], number[0], m_)
+            T.buffer_store(runs, run, [b, j])
             at = runs[b, j]
             T.buffer_store(share, share[b, at] + tirx.Cast("float32", one), [b, at])
             T.buffer_store(rank, rank[0] + one, [0])
