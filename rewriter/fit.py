@@ -30,6 +30,7 @@ from rewriter.fit_site import (
     few,
     learn_site,
     measure,
+    paired,
     refit_projection,
     sequential_task,
     site_task,
@@ -276,7 +277,7 @@ class _Run:
         theirs = capture(self.teacher, self.spread, todo, size)
         for site in todo:
             mine = capture(self.rewritten, self.spread, [site], size // len(todo))[site]
-            calls = _paired(mine, theirs[site])
+            calls = paired(mine, theirs[site])
             prefix = form_prefix(self.rewritten, site)
             if share:
                 self._do(
@@ -392,11 +393,3 @@ def _put_back(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     named = dict(module.named_parameters())
     for name, value in values.items():
         named[name].copy_(value)
-
-
-def _paired(mine: Sequence[Call], theirs: Sequence[Call]) -> list[Call]:
-    """The rewritten model's inputs with the original's outputs, by batch."""
-    return [
-        Call(a.q, a.k, a.v, a.key_mask, a.bias, b.out[: len(a.q)])
-        for a, b in zip(mine, theirs, strict=False)
-    ]

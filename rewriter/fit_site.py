@@ -220,3 +220,11 @@ def _assign(rewritten: Rewritten, linear: Linear, done: Refit) -> None:
     state[linear.weight].copy_(done.weight.T if linear.transposed else done.weight)
     if linear.bias is not None and done.bias is not None:
         state[linear.bias].copy_(done.bias)
+
+
+def paired(mine: Sequence[Call], theirs: Sequence[Call]) -> list[Call]:
+    """The rewritten model's inputs with the original's outputs, by batch."""
+    return [
+        Call(a.q, a.k, a.v, a.key_mask, a.bias, b.out[: len(a.q)])
+        for a, b in zip(mine, theirs, strict=False)
+    ]
