@@ -60,14 +60,14 @@ class Trial:
     def run(self, built: BuiltForm | None = None) -> np.ndarray:
         return run_built(built or self.build(), self.arrays, self.params)
 
-    def reference(self) -> np.ndarray:
-        """The form's own torch code in float64."""
+    def reference(self, dtype: torch.dtype = torch.float64) -> np.ndarray:
+        """The form's own torch code in `dtype`."""
         wide = {n: torch.from_numpy(a) for n, a in self.arrays.items()}
-        q, k, v = (wide[n].double() for n in "qkv")
+        q, k, v = (wide[n].to(dtype) for n in "qkv")
         bias = wide.get("bias")
         if bias is not None and bias.dtype != torch.bool:
-            bias = bias.double()
-        params = {n: torch.from_numpy(p).double() for n, p in self.params.items()}
+            bias = bias.to(dtype)
+        params = {n: torch.from_numpy(p).to(dtype) for n, p in self.params.items()}
         out = self.form.attend(self.spec, params, q, k, v, wide.get("key_mask"), bias)
         return out.numpy()
 

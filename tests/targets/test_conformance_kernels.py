@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from passes.form import form_named, forms
 from passes.forms._features import FeatureForm
@@ -40,7 +41,10 @@ def _of(name: str, case: Case) -> Trial:
 def test_kernel_equals_module_and_count_equals_ops(name: str, case: Case) -> None:
     t = _of(name, case)
     built = t.build()
-    np.testing.assert_allclose(t.run(built), t.reference(), atol=2e-5, rtol=0)
+    want = t.reference()
+    # A row with small weights alone is a quotient of roundings, in torch's float32 as well.
+    rounding = np.abs(t.reference(torch.float32) - want).max()
+    np.testing.assert_allclose(t.run(built), want, atol=max(2e-5, 20 * rounding), rtol=0)
     assert all(k.scheduled_by for k in built.kernels)
     assert _arithmetic(built.ops) == _arithmetic(t.form.ops(case.site))
     assert built.ops.bytes_written == t.form.ops(case.site).bytes_written
