@@ -16,11 +16,13 @@ from torch import nn
 
 from passes.errors import ModelError, UnknownName
 from passes.trace_inputs import named_inputs
-from rewriter.loaded import LoadedModel
+from rewriter.loaded import LoadedModel, Options
 
 
-def load_factory(spec: str) -> LoadedModel:
+def load_factory(spec: str, options: Options | None = None) -> LoadedModel:
     """Call the factory named by `spec`; the working directory is importable.
+
+    A Hugging Face model may come without inputs: they are then made by its config and `options`.
 
     Raises:
         ModelError: the module can not be imported, the factory raised (the message carries its
@@ -37,6 +39,8 @@ def load_factory(spec: str) -> LoadedModel:
         raise ModelError(f"factory {spec} raised {_told(error)}") from error
     if isinstance(made, LoadedModel):
         return made
+    if isinstance(made, nn.Module) and hasattr(made, "main_input_name"):
+        made = _with_inputs(made, options or Options())
     if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], nn.Module):
         raise ModelError(
             f"factory {spec} returned {_shape(made)}; it must return (torch module, example "
@@ -44,6 +48,14 @@ def load_factory(spec: str) -> LoadedModel:
         )
     model, inputs = made
     return LoadedModel(model, _named(spec, model, inputs), spec, "other", None, f"factory {spec}")
+
+
+def _with_inputs(model: nn.Module, options: Options) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    from rewriter.hf_models import example_inputs
+    from rewriter.plain import plain
+
+    inputs, _ = example_inputs(model, options)
+    return plain(model.eval(), tuple(inputs)), inputs
 
 
 def _import(spec: str, module_name: str) -> ModuleType:

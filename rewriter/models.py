@@ -62,7 +62,7 @@ def _load_by_name(spec: str, options: Options) -> LoadedModel:
     if _FACTORY.fullmatch(spec):
         from rewriter.factory_models import load_factory
 
-        return load_factory(spec)
+        return load_factory(spec, options)
     if ":" in spec:
         raise ModelError(f"model {spec!r}: a factory is written package.module:function")
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1 or spec.endswith("/"):

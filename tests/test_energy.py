@@ -178,6 +178,18 @@ def small_pvt() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return pvt(depths=(1, 1, 1, 1), image_size=64)
 
 
+def bare_pvt() -> nn.Module:
+    """A factory without example inputs."""
+    return pvt(depths=(1, 1, 1, 1), image_size=64)[0]
+
+
+def test_a_hugging_face_model_needs_no_inputs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["energy", "tests.test_energy:bare_pvt", "--image", "96", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    mul, _ = pvt_by_hand(96, PvtV2Config(num_labels=1000, depths=[1, 1, 1, 1]), reduce=True)
+    assert data["before"]["mul"] == mul
+
+
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, picture = tmp_path / "e.html", tmp_path / "e.png"
     spec = "tests.test_energy:small_pvt"
