@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from codegen.kernels import blocks, landmarks, pooling
+from codegen.kernels import blocks, landmarks, newton, pooling
 from codegen.kernels.attention import attributes
 from passes.errors import LoweringError
 
@@ -58,6 +58,28 @@ class LandmarkKernels:
         args = [q, k, w, *self._masks(key_mask)]
         facts: dict[str, Any] = {"scale": scale, "steps": steps}
         return self._landmarks("pseudo_inverse", define, args, _sizes(w), **facts)
+
+    def lift_keys(self, k: Any, key_mask: Any = None) -> Any:
+        """[k, 1, -h] with h half the largest squared length of a visible key: [B, G, S, D + 2]."""
+        (k,) = self._data(k=k)
+        args, (*lead, d) = [k, *self._masks(key_mask)], _sizes(k)
+        return self._landmarks("lift", newton.lift, args, (*lead, d + 2), rule="newton")
+
+    def solve_gaussian(
+        self, x: Any, n: Any, *, key_mask: Any = None, scale: float, ridge: float, steps: int
+    ) -> Any:
+        """U = (A + ridge I)^-1 n, A = exp(-scale |x_i - x_j|^2 / 2), and a guard behind it.
+
+        x [B, G, m, D], n [B, G, m, W] -> [B, G, m, W + 1]; the last channel is 1/100 of |U|'s last.
+        """
+        x, n = self._data(x=x, n=n)
+
+        def define(*args: Any) -> None:
+            newton.solve(scale, ridge, steps, *args)
+
+        args, (*lead, w) = [x, n, *self._masks(key_mask)], _sizes(n)
+        facts: dict[str, Any] = {"scale": scale, "ridge": ridge, "steps": steps}
+        return self._landmarks("solve", define, args, (*lead, w + 1), rule="newton", **facts)
 
     def pool(self, x: Any, w: Any, key_mask: Any = None) -> Any:
         """Visible tokens pooled by weights, over the slots' coverage: [B, G, r, D] float32.

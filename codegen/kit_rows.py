@@ -70,6 +70,10 @@ class RowKernels:
         """Softmax attention with `parts` keys for each value: k [B, G, S, parts D]."""
         return self._rows(q, k, v, RowFacts("mix", parts=parts), **how)
 
+    def kernel_sums(self, q: Any, k: Any, v: Any, **how: Any) -> Any:
+        """sum_j exp(scale q.k_j) v_j over the visible keys, for logits that are not above 0."""
+        return self._rows(q, k, v, RowFacts("sum"), **how)
+
     def top_attention(self, q: Any, k: Any, v: Any, *, best: int, rest: bool, **how: Any) -> Any:
         """Softmax over the `best` keys of each query; with `rest` the others keep their weight.
 
@@ -94,6 +98,21 @@ class RowKernels:
         (x,) = self._data(x=x)
         facts: dict[str, Any] = {"factor": float(factor), "one": one}
         return self._row_map(lambda x: row_maps.extend(factor, one, x), [x], "extend", **facts)
+
+    def ratio(self, x: Any, least: float) -> Any:
+        """x [B, H, T, E + 2] without its last two channels, over the larger (at least `least`).
+
+        The end of an attention.
+        """
+        (x,) = self._data(x=x)
+        width = _sizes(x)[3]
+        top = self.builder.emit(relax.op.strided_slice(x, [3], [0], [width - 2]))
+        last = self.builder.emit(relax.op.strided_slice(x, [3], [width - 2], [width]))
+
+        def define(*args: Any, tokens_first: bool) -> Any:
+            return row_maps.ratio(least, *args, tokens_first=tokens_first)
+
+        return self._row_map(define, [top, last], "ratio", last=True, least=least)
 
     def mixture_keys(
         self, k: Any, shift: Any, rate: Any, mix: Any, *, scale: float, key_norm: bool

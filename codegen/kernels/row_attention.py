@@ -1,11 +1,12 @@
 """Definition of attentions that change whole rows of weights; counted, never run as it is.
 
-Softmax attention (codegen/kernels/attention.py) with one of three changes:
+Softmax attention (codegen/kernels/attention.py) with one of four changes:
 
 - ``clip``: weights p become clip((zeta - gamma) p + gamma, 0, 1), gamma <= 0; no division after.
 - ``mix``: each key is `parts` keys side by side, k [B, G, S, parts D]; their weights add up.
 - ``top``: only the `best` largest logits of a row (of equal ones the first) keep their weight; with
   `rest` the others keep their weight in the sum, and the plain mean of their values.
+- ``sum``: exponentials of logits (none above 0) times values, without a maximum or a division.
 
 Letters as in passes/site.py. The schedule is codegen/schedules/row_attention.py.
 """
@@ -25,7 +26,6 @@ from codegen.kernels.tiles import load, store
 from codegen.kernels.vector_math import f32
 from codegen.kernels.views import Layout
 
-KINDS = ("clip", "mix", "top")
 ROUNDS = 31  # of a bisection over the bits of floats that are not negative
 FINITE = 0x7F7FFFFF  # bits of the largest finite float32
 
@@ -146,7 +146,8 @@ class _Rows:
             if seen is not None:
                 score = tirx.Select(seen, score, f32(float("-inf")))
             T.buffer_store(self.logits, score, [at])
-            T.buffer_store(self.peak, tirx.max(self.peak[0], self.logits[at]), [0])
+            if self.change.kind != "sum":
+                T.buffer_store(self.peak, tirx.max(self.peak[0], self.logits[at]), [0])
 
     def _powers(self) -> None:
         """Exponentials of a row, parts added up, and their sum."""
@@ -160,6 +161,13 @@ class _Rows:
             T.buffer_store(self.total, self.total[0] + self.logits[j], [0])
         if self.facts.hides or self.facts.bias:
             T.buffer_store(self.total, tirx.max(self.total[0], f32(TINY)), [0])
+
+    def _sum(self, b: Any, h: Any, i: Any) -> None:
+        with T.serial(0, self.S) as j:
+            T.buffer_store(self.logits, tirx.exp(self.logits[j]), [j])
+        self._values(b, h)
+        with T.serial(0, self.E) as e:
+            store(self.out, [b, h, i, e], self.sums[e])
 
     def _values(self, b: Any, h: Any) -> None:
         with T.serial(0, self.E) as e:

@@ -43,6 +43,25 @@ def gate(gain: float, x: Any, q: Any, w: Any, b: Any, *, tokens_first: bool = Fa
     )
 
 
+def ratio(least: float, x: Any, last: Any, *, tokens_first: bool = False) -> Any:
+    """x [B, H, T, E] over the largest of last [B, H, T, 2] and least.
+
+    The result is [B, T, H * E] with `tokens_first`.
+    """
+    value, below, dtype = _read(x), _read(last), str(x.dtype)
+    factor = te.compute(
+        [int(n) for n in x.shape[:3]],
+        lambda *i: f32(1.0) / tirx.max(tirx.max(below(*i, 0), below(*i, 1)), f32(least)),
+        name="rmap_factor",
+    )
+    return arranged(
+        tuple(int(n) for n in x.shape),
+        lambda n, h, i, e: (value(n, h, i, e) * factor[n, h, i]).astype(dtype),
+        "rmap_ratio",
+        tokens_first,
+    )
+
+
 def extend(factor: float, one: bool, x: Any) -> Any:
     """[x, factor |x|^2] or, with `one`, [x, factor |x|^2, 1]: [B, H, T, D + 1 or 2]."""
     *lead, d_ = (int(n) for n in x.shape)

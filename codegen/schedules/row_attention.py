@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from codegen.kernels.attention import MINIMUM, AttentionFacts, broadcast, facts_of
 from codegen.kernels.row_attention import FINITE, ROUNDS, RowFacts
 from codegen.kernels.tiles import build, imax, imin, load, reduce_row, scratch, tile, vectors
-from codegen.kernels.vector_math import at_least, at_most, f32, vexp_weight
+from codegen.kernels.vector_math import at_least, at_most, f32, vexp_nonpositive, vexp_weight
 from codegen.kernels.views import take_layout
 from codegen.rule import Rule
 from codegen.schedules.attention import _Block, _Call, _Kernel
@@ -59,6 +59,15 @@ class _Clip(_Whole):
             return at_most(at_least(self.sc[row, j] * self.fade[row, 0] + low, 0.0), 1.0)
 
         self._each(number, value, self.sc, row)
+        T.buffer_store(self.sum, f32(1.0), [row, 0])
+
+
+class _Sum(_Whole):
+    """Exponentials as they are."""
+
+    def _softmax(self, row: Any, number: Any, block: _Block) -> None:
+        # Rounding may lift a logit a little above 0.
+        self._each(number, lambda j: vexp_nonpositive(self.sc[row, j]), self.sc, row)
         T.buffer_store(self.sum, f32(1.0), [row, 0])
 
 
@@ -273,7 +282,7 @@ def _bits(x: Any) -> Any:
     return tirx.reinterpret("int32", x)
 
 
-_KERNELS: dict[str, type[_Whole]] = {"clip": _Clip, "mix": _Mix, "top": _Top}
+_KERNELS: dict[str, type[_Whole]] = {"clip": _Clip, "mix": _Mix, "sum": _Sum, "top": _Top}
 
 
 def apply(func: Any, target: Target) -> Any | None:

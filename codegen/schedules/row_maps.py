@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import tvm.s_tir
+from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels.attention import facts_of
 from codegen.kernels.tiles import build, load, reduce_row, scratch, store, vectors
-from codegen.kernels.vector_math import at_most, f32, vexp, vexp_nonpositive
+from codegen.kernels.vector_math import at_least, at_most, f32, vexp, vexp_nonpositive
 from codegen.kernels.views import Layout, take_layout
 from codegen.rule import Rule
 from codegen.target import Target
@@ -39,6 +40,12 @@ def _gate(facts: dict[str, Any], lanes: int, at: At, *tensors: Any) -> None:
     vectors(
         int(x.shape[3]), lanes, lambda e: store(out, [*at, e], load(x, *at, e) * factor)
     )  # fmt: skip
+
+
+def _ratio(facts: dict[str, Any], lanes: int, at: At, x: Any, last: Any, out: Any) -> None:
+    below = tirx.max(load(last, *at, 0), load(last, *at, 1))
+    factor = _one(f32(1.0) / at_least(below, facts["least"]))
+    vectors(int(x.shape[3]), lanes, lambda e: store(out, [*at, e], load(x, *at, e) * factor))
 
 
 def _extend(facts: dict[str, Any], lanes: int, at: At, x: Any, out: Any) -> None:
@@ -78,6 +85,7 @@ def _mixture(facts: dict[str, Any], lanes: int, at: At, *tensors: Any) -> None:
 _WRITERS: dict[str, Callable[..., None]] = {
     "gate": _gate,
     "extend": _extend,
+    "ratio": _ratio,
     "mixture": _mixture,
 }
 
