@@ -72,6 +72,10 @@ class MapKernels:
         (x,) = self._data(x=x)
         return _sizes(x)[2]
 
+    def last(self, x: Any) -> int:
+        """The size of the last axis."""
+        return _sizes(self.builder.normalize(x))[-1]
+
     def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
         """The same values in another shape; moves nothing."""
         return self.builder.emit(relax.op.reshape(x, shape))
@@ -110,10 +114,14 @@ class MapKernels:
 
         return self._map(define, args, "exp_key", scale=scale, floor=floor)
 
-    def polynomial(self, y: Any, *, low: bool) -> Any:
-        """[1, y, pairs] (`low`) or [pairs]; products of rows are 1 + t + t^2 / 2 or t^2 / 2."""
+    def polynomial(self, y: Any, *, low: bool, flat: float = 1.0) -> Any:
+        """[flat, y, pairs] (`low`) or [flat, pairs]: products are flat^2 (+ t) + t^2 / 2."""
         (y,) = self._data(y=y)
-        return self._map(lambda y: maps.polynomial(low, y), [y], "polynomial", low=low)
+
+        def define(y: Any) -> Any:
+            return maps.polynomial(low, flat, y)
+
+        return self._map(define, [y], "polynomial", low=low, flat=flat)
 
     def head_norm(self, x: Any, gamma: Any, beta: Any, eps: float) -> Any:
         """Layer norm over the last axis with gamma and beta [W, X] of the head."""

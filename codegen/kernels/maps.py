@@ -87,15 +87,15 @@ def exp_key(scale: float, floor: float, y: Any, x: Any) -> Any:
     )
 
 
-def polynomial(low: bool, y: Any) -> Any:
-    """[1, y, pairs] (`low`) or [pairs]: y [..., d] -> [..., (1 + d) + d (d + 1) / 2].
+def polynomial(low: bool, flat: float, y: Any) -> Any:
+    """[flat, y, pairs] (`low`) or [flat, pairs]: y [..., d] -> [..., 1 (+ d) + d (d + 1) / 2].
 
     Pair s d + a is y_a y_{(a + s) mod d}, for s = 0 times sqrt(1/2): the product of two rows of
     pairs is (y . y')^2 / 2.
     """
     *lead, d_ = (int(n) for n in y.shape)
     read, dtype = _read(y), str(y.dtype)
-    pairs, first = d_ * (d_ + 1) // 2, 1 + d_ if low else 0
+    pairs, first = d_ * (d_ + 1) // 2, 1 + d_ if low else 1
     product = te.compute(
         (*lead, pairs),
         lambda *i: read(*i[:-1], i[-1] % d_) * read(*i[:-1], (i[-1] % d_ + i[-1] // d_) % d_),
@@ -104,13 +104,12 @@ def polynomial(low: bool, y: Any) -> Any:
     square = te.compute((*lead, d_), lambda *i: product(*i) * f32(HALF_ROOT), name="map_half")
 
     def value(*i: Any) -> Any:
-        at, p = i[:-1], i[-1] - first
+        at, p = i[:-1], tirx.max(i[-1] - first, 0)
         even = tirx.if_then_else(p < d_, square(*at, tirx.min(p, d_ - 1)), product(*at, p))
-        if not low:
-            return even.astype(dtype)
-        line = read(*at, tirx.max(i[-1] - 1, 0))
-        rest = tirx.if_then_else(i[-1] < first, line, even)
-        return tirx.if_then_else(i[-1] == 0, f32(1.0), rest).astype(dtype)
+        if low:
+            line = read(*at, tirx.min(tirx.max(i[-1] - 1, 0), d_ - 1))
+            even = tirx.if_then_else(i[-1] < first, line, even)
+        return tirx.if_then_else(i[-1] == 0, f32(flat), even).astype(dtype)
 
     return te.compute((*lead, first + pairs), value, name="map_polynomial")
 

@@ -115,9 +115,9 @@ def _polynomial(row: _Row, y: Any, out: Any) -> None:
                 twice, load(y, *row.at, j), [0, start + j]
             ),
         )
-    first = 1 + d if row.facts["low"] else 0
-    if first:
-        store(out, [*row.at, 0], f32(1.0))
+    first = 1 + d if row.facts["low"] else 1
+    store(out, [*row.at, 0], f32(row.facts["flat"]))
+    if row.facts["low"]:
         row.each(d, lambda j: twice[0, j], out, 1)
     row.each(d, lambda j: twice[0, j] * twice[0, j] * f32(HALF_ROOT), out, first)
     last = d // 2

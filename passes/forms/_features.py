@@ -172,8 +172,8 @@ def exp_key(y: torch.Tensor, x: torch.Tensor, scale: float, floor: float) -> tor
     return (y - half).clamp(max=HIGHEST).exp() + floor
 
 
-def polynomial(y: torch.Tensor, *, low: bool) -> torch.Tensor:
-    """[1, y, pairs] (`low`) or [pairs], so that products of rows are 1 + t + t^2/2 or t^2/2.
+def polynomial(y: torch.Tensor, *, low: bool, flat: float = 1.0) -> torch.Tensor:
+    """[flat, y, pairs] (`low`) or [flat, pairs]: products are flat^2 + t + t^2/2, or without t.
 
     Pair s d + a is y_a y_{(a + s) mod d}, halved for s = 0 (sqrt(1/2) on either side): each of
     the d (d + 1) / 2 unordered pairs once, in runs that are contiguous in y.
@@ -183,12 +183,13 @@ def polynomial(y: torch.Tensor, *, low: bool) -> torch.Tensor:
     first, second = index % d, (index % d + index // d) % d
     pairs = y[..., first] * y[..., second]
     pairs = torch.cat([pairs[..., :d] * math.sqrt(0.5), pairs[..., d:]], -1)
-    return torch.cat([torch.ones_like(y[..., :1]), y, pairs], -1) if low else pairs
+    first = torch.full_like(y[..., :1], flat)
+    return torch.cat([first, y, pairs] if low else [first, pairs], -1)
 
 
 def polynomial_width(d: int, *, low: bool) -> int:
     """Number of features of `polynomial`."""
-    return d * (d + 1) // 2 + (1 + d if low else 0)
+    return d * (d + 1) // 2 + (1 + d if low else 1)
 
 
 def head_norm(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, eps: float) -> torch.Tensor:

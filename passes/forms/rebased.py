@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +27,15 @@ from passes.opcount import OpCount
 from passes.site import AttentionSite
 
 NORM_EPS = 1e-5
+FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
 class RebasedConfig(FormConfig):
-    """`rank` d: query and key are projected to d channels (0: all D). d (d + 1) / 2 features."""
+    """`rank` d: query and key are projected to d channels (0: all D).
+
+    There are 1 + d (d + 1) / 2 features.
+    """
 
     rank: int = 16
 
@@ -42,9 +47,11 @@ class RebasedConfig(FormConfig):
 class Rebased(WideFeatureForm):
     """Weights (q'.k')^2 with q', k' layer normed with their own gamma and beta per head.
 
-    Beta moves the parabola's lowest point, so a weight can be learned to be 0 (which Taylor's
-    polynomial can not give). `w_q` [H, D, d] and `w_k` [G, D, d] start as one random subspace per
-    group, gamma as 1, beta as 0. The norm discards the size of q and k: made to be trained.
+    Beta moves the parabola's lowest point, so a weight can be learned to be about 0 (which Taylor's
+    polynomial can not give). Not quite 0: a thousandth of an average weight is added to each, or
+    a row of small weights would be a quotient of roundings, of any sign and size. `w_q` [H, D, d]
+    and `w_k` [G, D, d] start as one random subspace per group, gamma as 1, beta as 0. The norm
+    discards the size of q and k: made to be trained.
     """
 
     name = "rebased"
@@ -70,7 +77,7 @@ class Rebased(WideFeatureForm):
         return min(self.config.rank or site.dims.D, site.dims.D)
 
     def width(self, site: AttentionSite) -> int:
-        """d (d + 1) / 2."""
+        """1 + d (d + 1) / 2."""
         return polynomial_width(self._rank(site), low=False)
 
     def init_params(self, site: AttentionSite) -> dict[str, torch.Tensor]:
@@ -94,6 +101,7 @@ class Rebased(WideFeatureForm):
                     NORM_EPS,
                 ),
                 low=False,
+                flat=_flat_of(params["gamma_q"].shape[-1]),
             )
             for n, x in (("q", q), ("k", k))
         )
@@ -113,6 +121,7 @@ class Rebased(WideFeatureForm):
         self, kit: Any, spec: FormSpec, params: Mapping[str, Any], q: Any, k: Any
     ) -> tuple[Any, Any]:
         """Project, norm, multiply."""
+        flat = _flat_of(kit.last(params["gamma_q"]))
         fq, fk = (
             kit.polynomial(
                 kit.head_norm(
@@ -122,7 +131,13 @@ class Rebased(WideFeatureForm):
                     NORM_EPS,
                 ),
                 low=False,
+                flat=flat,
             )
             for n, x in (("q", q), ("k", k))
         )
         return fq, fk
+
+
+def _flat_of(rank: int) -> float:
+    """A feature whose square is `FLOOR` of an average weight, rank / 2."""
+    return math.sqrt(FLOOR * rank / 2)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from passes.errors import UsageError
 from passes.form import Reason, form_named
+from passes.forms.rebased import FLOOR
 from tests.by_hand import site
 
 
@@ -23,7 +24,8 @@ def test_the_formula_per_head_and_group() -> None:
         return F.layer_norm(x @ params[f"w_{name}"][head], (4,), gamma, beta)
 
     for h in range(4):
-        weights = (mapped(q[0, h], "q", h) @ mapped(k[0, h // 2], "k", h // 2).T).square()
+        t = mapped(q[0, h], "q", h) @ mapped(k[0, h // 2], "k", h // 2).T
+        weights = t.square() + FLOOR * 4
         want = weights / weights.sum(-1, keepdim=True) @ v[0, h // 2]
         torch.testing.assert_close(got[0, h], want, rtol=1e-8, atol=1e-8)
 
@@ -34,7 +36,20 @@ def test_a_weight_can_be_zero() -> None:
     q = torch.tensor([1.0, -1.0, 1.0, -1.0]).double().reshape(1, 1, 1, 4)
     k = torch.tensor([[1.0, 1.0, -1.0, -1.0], [2.0, -1.0, 0.0, -1.0]]).double()[None, None]
     weights = form.weights(form.spec(at), params, q, k)
-    torch.testing.assert_close(weights[0, 0, 0], torch.tensor([0.0, 1.0]).double())
+    want = torch.tensor([0.0, 1.0]).double()
+    torch.testing.assert_close(weights[0, 0, 0], want, rtol=0, atol=2e-3)
+
+
+def test_small_weights_alone_are_an_average_in_float32_too() -> None:
+    """Features are signed: without a floor, rounding would decide the quotient and its sign."""
+    form, at = form_named("rebased"), site(B=1, H=1, T=400, S=2, D=16)
+    params = form.init_params(at)
+    k, v = torch.randn(1, 1, 2, 16), torch.randn(1, 1, 2, 16)
+    normed = F.layer_norm(k[0, 0], (16,))
+    q = torch.randn(400, 16)
+    q = F.layer_norm(q - q @ torch.linalg.pinv(normed) @ normed, (16,))  # q'.k' = 0
+    out = form.attend(form.spec(at), params, q[None, None], k, v)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out), rtol=0, atol=5e-2)
 
 
 def test_it_is_blind_to_the_size_of_query_and_key() -> None:

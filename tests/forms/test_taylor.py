@@ -17,9 +17,10 @@ def test_features_are_the_polynomial(d: int) -> None:
     t = x @ y.T
     whole = polynomial(x, low=True) @ polynomial(y, low=True).T
     torch.testing.assert_close(whole, 1 + t + t.square() / 2, rtol=1e-12, atol=1e-12)
-    pairs = polynomial(x, low=False)
-    torch.testing.assert_close(pairs @ polynomial(y, low=False).T, t.square() / 2)
-    assert pairs.shape[-1] == d * (d + 1) // 2 == polynomial_width(d, low=False)
+    pairs = polynomial(x, low=False, flat=0.3)
+    squares = pairs @ polynomial(y, low=False, flat=0.3).T
+    torch.testing.assert_close(squares, 0.09 + t.square() / 2)
+    assert pairs.shape[-1] == 1 + d * (d + 1) // 2 == polynomial_width(d, low=False)
     assert (whole >= 0.5 - 1e-12).all()
 
 
