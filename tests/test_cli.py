@@ -220,3 +220,23 @@ def test_an_interrupted_fit_says_how_to_go_on(
     assert json.loads(out)["fit"]["resumed"] == 1
     assert Path("f").is_dir()
     assert not Path("f.state").exists()
+
+
+def test_an_interrupt_that_comes_back_as_another_error_is_still_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The compiler's runtime gives an empty RuntimeError where Ctrl-C met a callback."""
+    import rewriter.cli.forms_verb
+
+    def pressed() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise RuntimeError from None
+
+    monkeypatch.setattr(rewriter.cli.forms_verb, "form_rows", pressed)
+    code, _, err = call(capsys, "forms")
+    assert code == 130
+    assert err.strip() == "interrupted."
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
 import os
+import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
@@ -68,13 +70,17 @@ def guarded(app: typer.Typer, argv: list[str], debug: bool) -> int:
     """Run `app`; a user's mistake becomes one line on stderr and an exit code."""
     if not debug:
         _quiet()
+    with _watched_interrupts() as pressed:
+        return _run(app, argv, debug, pressed)
+
+
+def _run(app: typer.Typer, argv: list[str], debug: bool, pressed: list[int]) -> int:
     try:
         return _invoke(app, argv)
     except (KeyboardInterrupt, Interrupted) as stop:
         if debug:
             raise
-        errors.print(f"interrupted. {stop}".strip(), style="yellow", markup=False, highlight=False)
-        return 130
+        return _interrupted(str(stop))
     except RewriterError as error:
         if debug:
             raise
@@ -86,8 +92,36 @@ def guarded(app: typer.Typer, argv: list[str], debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
+        if pressed:
+            return _interrupted("")
         _say(f"{type(error).__name__}: {error} (unexpected: run again with --debug and report it)")
         return 1
+
+
+def _interrupted(told: str) -> int:
+    errors.print(f"interrupted. {told}".strip(), style="yellow", markup=False, highlight=False)
+    return 130
+
+
+@contextlib.contextmanager
+def _watched_interrupts() -> Iterator[list[int]]:
+    """A list that gets an entry at every Ctrl-C: the compiler's own code may turn one that comes
+    while it calls back into Python into an error of another kind."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread: nobody can press here
+        yield pressed
+        return
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _say(message: str) -> None:
