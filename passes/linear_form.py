@@ -86,12 +86,20 @@ class LinearForm(ABC):
     def weight(self, params: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The weight [N, K] that is multiplied with; gradients pass the rounding unchanged."""
 
-    def forward(self, params: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """The layer in plain differentiable torch: [..., N] in x's dtype."""
+    def forward(
+        self,
+        params: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The layer in plain differentiable torch: [..., N] in x's dtype.
+
+        `weight` is that of `self.weight`, where the caller has it.
+        """
         from torch.nn.functional import linear
 
         bias = params.get("bias")
-        weight = self.weight(params).to(x.dtype)
+        weight = (self.weight(params) if weight is None else weight).to(x.dtype)
         return linear(self.inputs(x), weight, None if bias is None else bias.to(x.dtype))
 
     def inputs(self, x: torch.Tensor) -> torch.Tensor:

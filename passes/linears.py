@@ -39,6 +39,7 @@ class LinearModule(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.layer, self.form = layer, form
+        self._kept: tuple[object, Tensor] | None = None  # (state of params, rounded weight)
         self.spec = LinearSpec(
             form.name, layer.inputs, layer.outputs, bias is not None, form.config.to_json()
         )
@@ -50,7 +51,17 @@ class LinearModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        return self.form.forward(dict(self.params.items()), x)
+        params = dict(self.params.items())
+        if torch.is_grad_enabled():
+            return self.form.forward(params, x)
+        state = tuple((id(p), p._version) for p in params.values())
+        if self._kept is None or self._kept[0] != state:
+            self._kept = (state, self.form.weight(params))
+        return self.form.forward(params, x, self._kept[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies make their own weight."""
+        return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
         """Form and layer, for print(module)."""

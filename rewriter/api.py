@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import NothingRewritten, UsageError
-from passes.plan import Plan, bind_plan, plan_by_rules
+from passes.plan import KEEP, Plan, bind_plan, plan_by_rules
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,7 @@ def rewrite(
     form: str | Form | None = None,
     plan: Plan | Path | str | None = None,
     rules: Mapping[str, str | Form] | None = None,
+    linear: Any = None,
     fit_seconds: float = 0.0,
     data: Sequence[Mapping[str, torch.Tensor]] | None = None,
     held_out: Sequence[Mapping[str, torch.Tensor]] | None = None,
@@ -89,6 +90,8 @@ def rewrite(
         form: one form for every site; or
         plan: a Plan, or the path of a saved one; or
         rules: {glob over site ids: form}; the first that matches wins.
+        linear: what linear layers become, beside the above or alone: "form", "form,pattern" or
+            {glob over layer ids: form} (rewriter/linear_work.py); done after the fit.
         fit_seconds: time budget of the label-free fit; 0 fits nothing.
         data, held_out: batches (dicts like `example_inputs`) to fit on and to measure on.
         max_drop: revert the worst sites until 1 - mean cosine on `held_out` is at most this.
@@ -102,20 +105,57 @@ def rewrite(
     if on_noop not in ("error", "ok"):
         raise UsageError(f"on_noop: must be 'error' or 'ok', got {on_noop!r}")
     traced, found = find_sites(model, example_inputs, dynamic_shapes=dynamic_shapes)
-    chosen = make_plan(found, form=form, plan=plan, rules=rules)
-    if not chosen.rewritten and on_noop == "error":
+    alone = linear is not None and not (form or plan or rules)
+    chosen = _keep_all(found) if alone else make_plan(found, form=form, plan=plan, rules=rules)
+    more = linear is not None or bool(chosen.linears)
+    if not chosen.rewritten and on_noop == "error" and not more:
         raise NothingRewritten(why_nothing(found, chosen))
     result = apply_plan(traced, found, chosen, name or type(model).__name__, held_out or ())
-    if fit_seconds or data or max_drop is not None:
+    wanted = bool(fit_seconds or data or max_drop is not None)
+    if wanted and (chosen.rewritten or not more):
         fit_result(
             result,
-            fit_seconds,
+            fit_seconds / 2 if more else fit_seconds,
             data,
             max_drop=max_drop,
             state_dir=state_dir,
             progress=progress,
         )
+    if more:
+        convert_result(result, linear, data, seconds=fit_seconds, progress=progress)
     return result
+
+
+def _keep_all(found: Found) -> Plan:
+    return plan_by_rules(found.sites, {})
+
+
+def convert_result(
+    result: Result,
+    linear: Any,
+    data: Sequence[Mapping[str, torch.Tensor]] | None = None,
+    *,
+    seconds: float = 0.0,
+    progress: Progress | None = None,
+) -> None:
+    """Convert linear layers of a `Result` in place; `seconds` of training where a form needs it.
+
+    After a fit of attention sites half of `seconds` is left for it.
+    """
+    from passes.linear_form import linear_form_named
+    from rewriter.linear_work import convert_linears, recover
+
+    convert_linears(result, linear, data)
+    trained = any(
+        linear_form_named(c.form, c.config).needs == "training"
+        for c in result.plan.linears.values()
+        if c.form != KEEP
+    )
+    if seconds and trained:
+        if data is None:
+            raise UsageError("fitting needs `data`: batches of model inputs (dicts of tensors)")
+        left = seconds / 2 if result.fitted is not None else seconds
+        recover(result, data, seconds=left, progress=progress)
 
 
 def apply_plan(
@@ -288,7 +328,7 @@ def _rewrite_for_compile(
 ) -> Result:
     if example_inputs is None:
         raise UsageError("compile needs example_inputs (they fix the compiled shapes)")
-    if not any(options.get(k) for k in ("form", "plan", "rules")):
+    if not any(options.get(k) for k in ("form", "plan", "rules", "linear")):
         options = {**options, "form": "exact"}
     return rewrite(model, example_inputs, progress=progress, **options)
 

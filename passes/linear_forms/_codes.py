@@ -52,14 +52,27 @@ def nearest(weight: Tensor, spec: CodeSpec) -> Tensor:
 
     With one term in the logarithm, as DeepShift rounds; below half the lowest power it is 0.
     """
-    levels = torch.tensor(spec.magnitudes(), dtype=torch.float64)
+    size = weight.detach().abs()
+    levels = torch.tensor(spec.magnitudes(), dtype=size.dtype)
     order = torch.argsort(levels)
     low, high = levels[order][:-1], levels[order][1:]
     edges = (low + high) / 2 if spec.terms > 1 else torch.sqrt(low * high)
     edges[0] = high[0] / 2
-    size = weight.detach().abs().double()
     found = order.to(weight.device)[torch.bucketize(size, edges.to(weight.device))]
     return found + (weight.detach() < 0).long() * (found > 0) * (1 << (spec.bits - 1))
+
+
+def rounded(weight: Tensor, spec: CodeSpec) -> Tensor:
+    """The values of the codes nearest to `weight`; faster than by way of the codes."""
+    weight = weight.detach()
+    if spec.terms > 1 or weight.dtype != torch.float32:
+        return value_of(nearest(weight, spec), spec, weight.dtype)
+    size = weight.abs()
+    # The exponent of size * sqrt(2) alone: rounded in the logarithm.
+    power = ((size * 2.0**0.5).view(torch.int32) & 0x7F800000).view(torch.float32)
+    lowest = spec.magnitudes()[1]
+    inside = power.clamp(lowest, 1.0)
+    return torch.where(size <= lowest / 2, 0.0, torch.copysign(inside, weight))
 
 
 def value_of(codes: Tensor, spec: CodeSpec, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -20,7 +20,7 @@ from passes.errors import UsageError
 from passes.form import FormConfig, Paper
 from passes.linear_form import LinearForm, LinearSpec, finite
 from passes.linear_forms._coded_ops import coded_ops
-from passes.linear_forms._codes import CodeSpec, nearest, pack, unpack, value_of
+from passes.linear_forms._codes import CodeSpec, nearest, pack, rounded, unpack, value_of
 from passes.opcount import OpCount
 
 _CHOICES = {"train": ("q", "ps"), "base": ("row", "one"), "activations": ("float", "fixed")}
@@ -110,15 +110,16 @@ class Shift(LinearForm):
 
     def weight(self, params: Mapping[str, Tensor]) -> Tensor:
         """The rounded weight; its gradient goes to the real one (Q), or to shift and sign (PS)."""
-        source = params["weight"] if "weight" in params else params["shift"]
-        value = value_of(self._codes(params), self.codes, source.dtype)
-        rounded = torch.ldexp(value, params["base"].to(value)[:, None])
         if "weight" in params:
-            return params["weight"] + (rounded - params["weight"]).detach()
+            return _through(params["weight"], lambda w: self._rounded(w, params["base"]))
         power = torch.exp2(_through(params["shift"].clamp(-self._lowest, 0), torch.round))
         sign = _through(params["sign"], lambda s: s.round().sign())
         made = power * sign.detach() + (sign - sign.detach())
         return torch.ldexp(made, params["base"].to(made)[:, None])
+
+    def _rounded(self, weight: Tensor, base: Tensor) -> Tensor:
+        value = rounded(_scaled(weight, base), self.codes)
+        return torch.ldexp(value, base.to(value)[:, None])
 
     def inputs(self, x: Tensor) -> Tensor:
         """x, or x rounded down to fixed point."""
@@ -172,7 +173,7 @@ def _best_base(weight: Tensor, codes: CodeSpec) -> Tensor:
     best, least = torch.zeros_like(start), torch.full_like(start, torch.inf)
     for step in (1, 0, -1):
         base = (start + step).clamp(-100, 100)
-        value = value_of(nearest(_scaled(weight, base), codes), codes)
+        value = rounded(_scaled(weight, base), codes)
         error = (torch.ldexp(value, base[:, None]) - weight).double().square().sum(dim=1)
         better = error < least
         best, least = torch.where(better, base, best), torch.where(better, error, least).float()

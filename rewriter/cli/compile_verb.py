@@ -45,6 +45,7 @@ def verb(
     plan: o.PlanFile = None,
     rule: o.Rules = None,
     setting: o.Config = None,
+    linear: o.Linear = None,
     source: o.Source = None,
     fit: Seconds = 0.0,
     data: o.Data = None,
@@ -66,7 +67,7 @@ def verb(
 ) -> None:
     """Compile MODEL for a target into one file, verified against the model it came from.
 
-    Without --form, --plan, --rule or --from every attention stays exact. With --decode a
+    Without --form, --plan, --rule, --linear or --from every attention stays exact. With --decode a
     decoder-only language model (GPT-2, Llama) becomes an artifact that generates tokens.
 
     Example: rewriter compile minilm --form hedgehog --fit 240 --tokens 128 -o minilm.rwa
@@ -92,7 +93,9 @@ def verb(
     require(precision, made_for)
     if source is not None and any_plan(form, plan, rule):
         raise UsageError("give --from or a form, plan or rule, not both")
-    if (fit or max_drop is not None) and not any_plan(form, plan, rule):
+    if source is not None and linear:
+        raise UsageError("give --from or --linear, not both: the folder says what is in it")
+    if (fit or max_drop is not None) and not (any_plan(form, plan, rule) or linear):
         raise UsageError("--fit and --max-drop need --form, --plan or --rule: what is to be fitted")
     loaded = for_decode(o.open_model(model, tokens, batch, image, attn), decode)
     if source is not None:
@@ -108,10 +111,13 @@ def verb(
             data=data,
             max_drop=max_drop,
             state=_state(output) if fit else None,
+            linear=linear,
         )
     else:
-        default = None if any_plan(form, plan, rule) else "exact"
-        result = rewrite_model(loaded, form or default, plan, rule, setting, allow_none=allow_none)
+        default = None if any_plan(form, plan, rule) or linear else "exact"
+        result = rewrite_model(
+            loaded, form or default, plan, rule, setting, allow_none=allow_none, linear=linear
+        )
     with progress_bar("compile") as progress:
         artifact = compile_result(
             loaded,

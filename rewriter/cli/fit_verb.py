@@ -37,6 +37,7 @@ def verb(
     plan: o.PlanFile = None,
     rule: o.Rules = None,
     setting: o.Config = None,
+    linear: o.Linear = None,
     data: o.Data = None,
     max_drop: o.MaxDrop = None,
     state: State = None,
@@ -76,6 +77,7 @@ def verb(
         data=data,
         max_drop=max_drop,
         state=kept,
+        linear=linear,
     )
     if chosen_loss is not None:
         tune_labelled(loaded, result, data, chosen_loss, loss_seconds, kept)

@@ -31,6 +31,14 @@ Rules = Annotated[
     list[str] | None,
     typer.Option("--rule", metavar="PATTERN=FORM", help="Form for the sites a glob matches."),
 ]
+Linear = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--linear",
+        metavar="FORM[:OPTION=VALUE][,PATTERN]",
+        help="What linear layers become (shift, shiftadd_ptq); the first and last are kept.",
+    ),
+]
 Config = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="OPTION=VALUE", help="An option of --form; may be repeated."),

@@ -21,6 +21,7 @@ def verb(
     plan: o.PlanFile = None,
     rule: o.Rules = None,
     setting: o.Config = None,
+    linear: o.Linear = None,
     output: Output = None,
     tokens: o.Tokens = None,
     batch: o.Batch = 1,
@@ -41,7 +42,7 @@ def verb(
     check_folder(output, FILES, "--output")
     check_file(html, "--html")
     loaded = o.open_model(model, tokens, batch, image, attn)
-    result = rewrite_model(loaded, form, plan, rule, setting, allow_none=allow_none)
+    result = rewrite_model(loaded, form, plan, rule, setting, allow_none=allow_none, linear=linear)
     if output is not None:
         save_rewritten(result, output)
     if html is not None:

@@ -47,6 +47,7 @@ def rewrite_model(
     settings: Names,
     *,
     allow_none: bool,
+    linear: Names = None,
 ) -> Result:
     """Rewrite without fitting; fidelity will be measured on real text where there is any."""
     from rewriter.api import rewrite
@@ -58,6 +59,7 @@ def rewrite_model(
         form=chosen_form(form, settings),
         plan=plan,
         rules=parse_rules(rules),
+        linear=linear or None,
         held_out=few_held_out(loaded),
         on_noop="ok" if allow_none else "error",
         name=loaded.name,
@@ -75,25 +77,42 @@ def fit_model(
     data: Path | None,
     max_drop: float | None,
     state: Path | None,
+    linear: Names = None,
 ) -> Result:
     """Rewrite and fit, with a progress bar on stderr; Ctrl-C keeps the state."""
-    from rewriter.api import apply_plan, find_sites, fit_result, make_plan, why_nothing
+    from passes.plan import Plan
+    from rewriter.api import (
+        apply_plan,
+        convert_result,
+        find_sites,
+        fit_result,
+        make_plan,
+        why_nothing,
+    )
     from rewriter.samples import samples_for
 
     chosen = chosen_form(form, settings)
     traced, found = find_sites(loaded.model, loaded.example_inputs, dynamic_shapes="auto")
-    made = make_plan(found, form=chosen, plan=plan, rules=parse_rules(rules))
-    if not made.rewritten:
+    if linear and not any_plan(form, plan, rules):
+        made = Plan({})
+    else:
+        made = make_plan(found, form=chosen, plan=plan, rules=parse_rules(rules))
+    more = bool(linear or made.linears)
+    if not made.rewritten and not more:
         raise NothingRewritten(why_nothing(found, made))
     fit_on, held_out = samples_for(loaded, data, dynamic=bool(traced.dynamic))
     result = apply_plan(traced, found, made, loaded.name, held_out)
-    if not seconds and max_drop is None:
+    if not seconds and max_drop is None and not more:
         return result
     with progress_bar("fit") as progress:
         try:
-            fit_result(
-                result, seconds, fit_on, max_drop=max_drop, state_dir=state, progress=progress
-            )
+            if made.rewritten and (seconds or max_drop is not None):
+                share = seconds / 2 if more else seconds
+                fit_result(
+                    result, share, fit_on, max_drop=max_drop, state_dir=state, progress=progress
+                )
+            if more:
+                convert_result(result, linear or None, fit_on, seconds=seconds, progress=progress)
         except KeyboardInterrupt as stop:
             kept = f"The fit is kept in {state}; the same command goes on from there."
             raise KeyboardInterrupt(kept if state is not None else "") from stop
@@ -130,29 +149,25 @@ def verify_file(
     """An artifact against its rewritten model, and against the original."""
     from passes.plan import Plan
     from rewriter.api import load, rewrite
-    from rewriter.cli.options import open_model
+    from rewriter.cli.decode_work import model_for
     from rewriter.pipeline import example_inputs
-    from rewriter.verify import verify_artifact
 
     opened = load(artifact, threads=threads)
-    shape = opened.inputs[0].shape
-    tokens = shape[1] if len(shape) == 2 else None
-    image = shape[-1] if len(shape) == 4 else None
-    loaded = open_model(model, tokens, shape[0] if shape else 1, image, attn)
+    loaded, compare = model_for(opened, model, attn)
     if source is not None:
         result = from_folder(loaded, source)
     else:
         plan = Plan.from_json(opened.manifest.plan, f"plan in {artifact}")
         result = rewrite(loaded.model, loaded.example_inputs, plan=plan, on_noop="ok")
     inputs = example_inputs(result)
-    to_original = verify_artifact(opened, result.traced.module, inputs)
+    to_original = compare(opened, result.traced.module, inputs)
     outcome: dict[str, Any] = {"original": to_original.to_json()}
     lines = [f"against the original: cosine at least {to_original.cosine_min:.4f} (a measurement)"]
     fitted = bool(opened.report.get("fit"))
     if fitted and source is None:
         lines.append("against the rewritten model: needs --from FOLDER, since weights were fitted")
         return {**outcome, "rewritten": None, "ok": True, "lines": lines}
-    stats = verify_artifact(opened, result.model, inputs)
+    stats = compare(opened, result.model, inputs)
     verdict = "equal within tolerance" if stats.ok else f"NOT equal: {stats.why}"
     lines.insert(0, f"against the rewritten model: {verdict}, largest error {stats.max_abs:.2e}")
     return {**outcome, "rewritten": stats.to_json(), "ok": stats.ok, "lines": lines}

@@ -1,0 +1,180 @@
+"""Linear layers of a rewritten model: read what the user asked for, convert, recover by training.
+
+A request is ``form[:option=value...][,pattern...]`` ("shift", "shift:bits=5,encoder.*"), a linear
+form, or a mapping from patterns over layer ids (module paths) to forms; the first match wins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from passes.errors import NothingRewritten, UsageError
+from passes.site import SiteStatus
+
+if TYPE_CHECKING:
+    import torch
+
+    from passes.linear_form import LinearForm
+    from passes.plan import Choice
+    from rewriter.api import Result
+
+Batches = Sequence[Mapping[str, "torch.Tensor"]]
+Request = "str | LinearForm | Sequence[str] | Mapping[str, str | LinearForm]"
+_RATE = 2e-4
+
+
+def linear_rules(linear: Any) -> dict[str, LinearForm]:
+    """{pattern: form} of a request; later requests of a list are asked after earlier ones.
+
+    Raises:
+        UsageError: not a request, or an unknown form or option.
+    """
+    from passes.linear_form import LinearForm
+
+    if isinstance(linear, LinearForm):
+        return {"*": linear}
+    if isinstance(linear, str):
+        return _read(linear)
+    if isinstance(linear, Mapping):
+        return {p: f if isinstance(f, LinearForm) else _form(f) for p, f in linear.items()}
+    if isinstance(linear, Sequence) and linear:
+        made: dict[str, LinearForm] = {}
+        for one in linear:
+            made = {**made, **{p: f for p, f in linear_rules(one).items() if p not in made}}
+        return made
+    raise UsageError(
+        f"linear: expected 'form', 'form,pattern' or {{pattern: form}}, got {linear!r}"
+    )
+
+
+def _read(text: str) -> dict[str, LinearForm]:
+    name, *patterns = (part.strip() for part in text.split(","))
+    if not all(patterns):
+        raise UsageError(f"linear: an empty pattern in {text!r}")
+    form = _form(name)
+    return dict.fromkeys(patterns or ["*"], form)
+
+
+def _form(text: str) -> LinearForm:
+    from passes.linear_form import linear_form_named
+
+    name, *settings = text.split(":")
+    config: dict[str, Any] = {}
+    for setting in settings:
+        option, equals, value = setting.partition("=")
+        if not equals or not option or not value:
+            raise UsageError(f"linear: {setting!r} of {text!r} should be option=value")
+        try:
+            config[option] = json.loads(value)
+        except ValueError:
+            config[option] = value
+    return linear_form_named(name, config)
+
+
+def convert_linears(
+    result: Result, linear: Any = None, data: Batches | None = None, *, strict: bool = True
+) -> None:
+    """Put linear forms at the layers `linear` names (or the result's own plan does), in place.
+
+    `data` are model inputs that forms with calibration look at; without any, the example inputs.
+    With `strict` it is an error if no layer changes.
+
+    Raises:
+        NothingRewritten, UnmatchedRule, FormError, UsageError.
+    """
+    from passes.linear_form import linear_form_named
+    from passes.linear_layers import find_linears
+    from passes.linears import capture_inputs, plan_linears, put_linears
+
+    layers = find_linears(result.rewritten.module)
+    asked = linear is not None
+    choices = plan_linears(layers, linear_rules(linear)) if asked else dict(result.plan.linears)
+    if asked and strict and not _changed(choices):
+        raise NothingRewritten(_why_none(choices))
+    needy = [
+        i for i in _changed(choices)
+        if linear_form_named(choices[i].form, choices[i].config).needs == "calibration"
+    ]  # fmt: skip
+    captured = (
+        capture_inputs(result.rewritten.module, needy, data or [_example(result)]) if needy else {}
+    )
+    put_linears(result.rewritten, choices, captured)
+    result.plan = result.rewritten.plan
+    result.report = result.report.with_notes(told(choices))
+    if needy and not data:
+        result.report = result.report.with_notes(
+            "Linear layers were calibrated on the example inputs alone; give real data."
+        )
+
+
+def _changed(choices: Mapping[str, Choice]) -> list[str]:
+    return [i for i, c in choices.items() if c.status is SiteStatus.REWRITTEN]
+
+
+def _why_none(choices: Mapping[str, Choice]) -> str:
+    lines = [f"  {layer}: {c.status} {c.why}" for layer, c in choices.items()]
+    head = "no linear layer would change; name the layers by a pattern, or leave linear out"
+    return "\n".join(
+        [head, *(lines or ["  the model has no linear layer with a weight of its own"])]
+    )
+
+
+def _example(result: Result) -> dict[str, torch.Tensor]:
+    from rewriter.calibration import input_names
+
+    traced = result.traced
+    values = [*traced.example_args, *traced.example_kwargs.values()]
+    return dict(zip(input_names(traced), values, strict=True))
+
+
+def told(choices: Mapping[str, Choice]) -> str:
+    """One sentence for the report: how many layers got what, and why others did not."""
+    counts = Counter(
+        c.form if c.status is SiteStatus.REWRITTEN else str(c.status).lower()
+        for c in choices.values()
+    )
+    refused = [f"{i} ({c.why})" for i, c in choices.items() if c.status is SiteStatus.REFUSED]
+    parts = ", ".join(f"{n} {name}" for name, n in counts.items())
+    return f"Linear layers: {parts}." + (f" Refused: {'; '.join(refused)}." if refused else "")
+
+
+def recover(
+    result: Result,
+    data: Batches,
+    *,
+    seconds: float,
+    progress: Callable[..., None] | None = None,
+) -> None:
+    """Train the rewritten model towards the original's outputs, without labels, in place.
+
+    The forms' rounding passes gradients through; the best state on batches set aside is kept.
+    """
+    import torch
+
+    from rewriter.calibration import input_names
+    from rewriter.fine_tune import Rates, fine_tune
+    from rewriter.fit_loss import floating, masked_error
+
+    original, names = result.traced.module, set(input_names(result.traced))
+
+    def loss(outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = floating(original(**{n: v for n, v in batch.items() if n in names}))
+        pairs = zip(floating(outputs), wanted, strict=True)
+        return torch.stack([masked_error(got, want, batch) for got, want in pairs]).sum()
+
+    done = fine_tune(
+        result.rewritten,
+        data,
+        loss,
+        seconds=seconds,
+        rates=Rates(forms=_RATE, weights=_RATE),
+        progress=progress,
+    )
+    result.report = result.report.with_notes(
+        f"Linear layers trained towards the original without labels: relative squared error "
+        f"{done.loss_before:.4g} -> {done.loss_after:.4g} in {done.steps} steps."
+    )
