@@ -6,7 +6,6 @@ import fnmatch
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from passes.errors import UnmatchedRule
 from rewriter.cli import options as o
@@ -66,13 +65,27 @@ def _explain(site: Any) -> dict[str, Any]:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    table = Table(show_lines=True)
-    for column in ("site", "mask", "source", "forms"):
-        table.add_column(column, overflow="fold")
+    """Sites that get the same verdicts are told together."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        lines = [
-            f"{name}: " + ("yes" if v["ok"] else f"no ({v['code']}: {v['detail']})")
-            for name, v in row["verdicts"].items()
-        ]
-        table.add_row(row["id"], row["mask"], row["source"], "\n".join(lines))
-    console.print(table)
+        taken, refused = _split(row)
+        groups.setdefault((row["mask"], taken, refused), []).append(row)
+    for (mask, taken, refused), members in groups.items():
+        for row in members:
+            console.print(f"{row['id']}  [{mask}]  {row['source']}", markup=False, soft_wrap=True)
+        console.print(f"  can stand here: {taken or 'none'}", markup=False)
+        if refused:
+            console.print(refused, markup=False)
+        console.print()
+
+
+def _split(row: dict[str, Any]) -> tuple[str, str]:
+    """(names of the forms that can stand here, lines with the reasons of the others)."""
+    taken = [name for name, v in row["verdicts"].items() if v["ok"]]
+    reasons: dict[str, list[str]] = {}
+    for name, v in row["verdicts"].items():
+        if not v["ok"]:
+            detail = v["detail"].replace(row["id"], "the site").replace(name, "it")
+            reasons.setdefault(f"{v['code']}: {detail}", []).append(name)
+    lines = [f"  can not: {', '.join(names)} ({why})" for why, names in reasons.items()]
+    return ", ".join(taken), "\n".join(lines)
