@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm import relax, te, tirx
 
-from codegen.kernels import coded
+from codegen.kernels import binary, coded
 from codegen.legalize import dtype_of
 from codegen.target import Target
 from passes.errors import LoweringError
@@ -27,28 +28,39 @@ class LinearKit:
 
         words int32 [P, G, 32], scale float32 [N], bias float32 [N] or None.
         """
-        if self.target.kind == "gpu":
-            raise LoweringError("linear layers with coded weights have no kernel for a GPU yet")
-        *lead, depth = self._shape(x)
-        count = 1
-        for size in lead:
-            count *= size
-        tokens = lead[-1] if lead else 1
-        few = count <= FEW or tokens == 1
-        flat = self._reshaped(x, [count, depth] if few else [count // tokens, tokens, depth])
-        if not few and count == tokens:
-            flat = self._reshaped(flat, [tokens, depth])
-        tensors = [flat, words, scale, *([] if bias is None else [bias])]
+        tensors = [words, scale, *([] if bias is None else [bias])]
 
         def define(x: Any, words: Any, scale: Any, bias: Any = None) -> Any:
             return coded.coded(x, words, scale, bias, spec, self.target)
 
-        out = self.builder.emit(
-            self.builder.call_te(
-                define, *tensors, primfunc_name_hint="coded_linear", primfunc_attrs=_FUSABLE
-            )
+        return self._product(x, define, tensors, "coded_linear", self._shape(scale)[0])
+
+    def binary_linear(
+        self, x: Any, words: Any, scale: Any, alpha: Any, bias: Any, spec: CodeSpec
+    ) -> Any:
+        """x [..., K] float32 times binary codes (codegen/kernels/binary.py) -> [..., N].
+
+        words int32 [P, G, 32], scale float32 [N], alpha float32 [K, bits], bias [N] or None.
+        """
+        tensors = [words, scale, alpha, *([] if bias is None else [bias])]
+
+        def define(x: Any, words: Any, scale: Any, alpha: Any, bias: Any = None) -> Any:
+            return binary.binary(x, words, scale, alpha, bias, spec, self.target)
+
+        return self._product(x, define, tensors, "binary_linear", self._shape(scale)[0])
+
+    def _product(self, x: Any, define: Any, tensors: list[Any], name: str, outputs: int) -> Any:
+        """One kernel on x with its rows in one axis (a few rows) or in whole batches."""
+        if self.target.kind == "gpu":
+            raise LoweringError("linear layers with coded weights have no kernel for a GPU yet")
+        *lead, depth = self._shape(x)
+        count, tokens = math.prod(lead), lead[-1] if lead else 1
+        one = count <= FEW or tokens in (1, count)
+        flat = self._reshaped(x, [count, depth] if one else [count // tokens, tokens, depth])
+        made = self.builder.call_te(
+            define, flat, *tensors, primfunc_name_hint=name, primfunc_attrs=_FUSABLE
         )
-        return self._reshaped(out, [*lead, self._shape(scale)[0]])
+        return self._reshaped(self.builder.emit(made), [*lead, outputs])
 
     def fixed_point(self, x: Any, steps: int, limit: int) -> Any:
         """x rounded down to whole 1 / steps and kept in -limit .. limit - 1."""

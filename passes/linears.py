@@ -47,7 +47,7 @@ class LinearModule(nn.Module):
             made = form.convert(weight, bias, x)
         self.params = nn.ParameterDict(made)
         for name, param in self.params.items():
-            param.requires_grad_(name not in form.frozen and param.is_floating_point())
+            param.requires_grad_(name not in form.frozen)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""

@@ -7,13 +7,13 @@ from typing import Any
 
 from codegen.rule import Rule
 from codegen.schedules._coded import LANES, instruction, llvm_code
-from codegen.schedules._common import Blocks, extent, parallel_chunks
+from codegen.schedules._common import Blocks, extent, fuse_all, parallel_chunks
 from codegen.schedules._dot import IMPORT
 from codegen.schedules.dense import store_block, store_vectors
 from codegen.target import Target
 from passes.linear_forms._codes import PANEL, CodeSpec
 
-_NAME = re.compile(r"coded_(add|fma)_b(\d)t(\d)$")
+_NAME = re.compile(r"(?:coded|binary)_(add|fma)_b(\d)t(\d)$")
 _REGISTERS = 24  # of 32, for sums
 
 
@@ -29,12 +29,14 @@ def apply(func: Any, target: Target) -> Any | None:
     rows, columns, group, inner = sch.get_loops(product)
     chunk, panel = sch.split(columns, [None, PANEL * _together(sch, rows, columns, target)])
     vector, lane = sch.split(panel, [None, target.lanes])
-    tables = _tables(target)
+    binary = found[0].startswith("binary")
+    tables = _tables(target) and not binary
     steps = (lane, inner) if tables else (inner, lane)
     sch.reorder(chunk, group, rows, vector, *steps)
     _, last = parallel_chunks(sch, [chunk], target)
-    if "coded_x" in blocks.names:
-        _pad(sch, blocks.named("coded_x"))
+    for name in ("coded_x", "binary_x"):
+        if name in blocks.names:
+            _vectors(sch, blocks.named(name))
     sch.reverse_compute_at(store, last)
     store_vectors(sch, store, target)
     sch.unroll(rows)
@@ -52,8 +54,10 @@ def apply(func: Any, target: Target) -> Any | None:
     return sch
 
 
-def _pad(sch: Any, block: Any) -> None:
-    sch.vectorize(sch.split(sch.get_loops(block)[-1], [None, 4])[1])
+def _vectors(sch: Any, block: Any) -> None:
+    """What is made of the inputs once, before the product."""
+    last = fuse_all(sch, sch.get_loops(block)[1:])
+    sch.vectorize(sch.split(last, [None, 4])[1])
 
 
 def _together(sch: Any, rows: Any, columns: Any, target: Target) -> int:

@@ -40,3 +40,25 @@ def _bits(codes: CodeSpec, *, selects: int, adds: int) -> OpCount:
     t = codes.terms
     whole = OpCount.of("uint32", shift=5 * t, xor=1, select=selects * t, add=adds * t)
     return whole + OpCount.of(add=t - 1)
+
+
+def binary_ops(codes: CodeSpec, spec: LinearSpec, rows: int) -> OpCount:
+    """Operations and bytes of one product with binary codes (codegen/kernels/binary.py).
+
+    A few rows: the inputs are multiplied by the alphas once, products are sums under signs. Many:
+    the weights are made once and multiplied.
+    """
+    panels, groups, bits = -(-spec.outputs // PANEL), -(-spec.inputs // codes.per), codes.bits
+    padded = groups * codes.per
+    signed = OpCount.of("uint32", shift=3 * bits - 1, xor=bits) + OpCount.of(add=bits - 1)
+    if rows <= FEW:
+        few = rows * panels * PANEL * padded
+        products = signed * few + OpCount.of(add=few) + OpCount.of(mul=rows * padded * bits)
+    else:
+        many = panels * PANEL * spec.inputs
+        products = signed * many + OpCount.of(mul=many, add=many) * rows
+    out = rows * spec.outputs
+    vectors = spec.outputs * (2 if spec.bias else 1) + spec.inputs * bits
+    read = 4 * (rows * spec.inputs + panels * groups * PANEL + vectors)
+    finish = OpCount.of(mul=out, add=out if spec.bias else 0, read=read, written=4 * out)
+    return products + finish
