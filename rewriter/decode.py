@@ -197,11 +197,11 @@ def _verify(
     if why:
         return None, f"the compiled code was not run here: {why}"
     with load(trial, threads=threads) as artifact:
-        return verify_decoder(artifact, result), ""
+        return verify_decoder(artifact, result.model, example_inputs(result)), ""
 
 
-def verify_decoder(artifact: Artifact, result: Result) -> ErrorStats:
-    """Logits of the artifact, token by token, against those of the rewritten model.
+def verify_decoder(artifact: Artifact, module: Any, inputs: Any) -> ErrorStats:
+    """Logits of the artifact, token by token, against those of `module` on all of `inputs`.
 
     The example input is given as a prompt but for its last `CHECKED` tokens (or half of it),
     which are fed one by one.
@@ -209,7 +209,7 @@ def verify_decoder(artifact: Artifact, result: Result) -> ErrorStats:
     from codegen.decoding import Decoder
     from rewriter.verify import compare_arrays
 
-    ids, logits = _wanted(result)
+    ids, logits = _wanted(module, inputs)
     decoder = Decoder(artifact)
     number = min(ids.shape[1], decoder.facts.length or ids.shape[1])
     first = max(number - CHECKED, number // 2, 1)
@@ -222,15 +222,14 @@ def verify_decoder(artifact: Artifact, result: Result) -> ErrorStats:
     )
 
 
-def _wanted(result: Result) -> tuple[Any, Any]:
-    """(input_ids, logits) of the rewritten model on the example inputs, as arrays."""
+def _wanted(module: Any, inputs: Any) -> tuple[Any, Any]:
+    """(input_ids, logits) of `module` on a dict or tuple of inputs, as arrays."""
     import torch
 
     from rewriter.verify import flat_tensors, to_numpy
 
-    inputs = example_inputs(result)
     with torch.no_grad():
-        out = result.model(**inputs) if isinstance(inputs, dict) else result.model(*inputs)
+        out = module(**inputs) if isinstance(inputs, dict) else module(*inputs)
     logits = out["logits"] if isinstance(out, dict) and "logits" in out else flat_tensors(out)[0]
     ids = inputs["input_ids"] if isinstance(inputs, dict) else inputs[0]
     return to_numpy(ids), to_numpy(logits)

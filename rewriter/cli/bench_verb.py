@@ -46,6 +46,7 @@ def verb(
         _profile(subject, threads, seconds, json)
         return
     from rewriter.bench import bench
+    from rewriter.cli.decode_work import refuse_decode
     from rewriter.cli.work import progress_bar
 
     names = None if against == "all" else [n.strip() for n in against.split(",") if n.strip()]
@@ -56,6 +57,8 @@ def verb(
         if subject.endswith(".rwa")
         else {"tokens": tokens, "batch": batch, "image": image, "attn": attn}
     )
+    if subject.endswith(".rwa"):
+        refuse_decode(subject)
     with progress_bar("bench") as progress:
         result = bench(
             subject,

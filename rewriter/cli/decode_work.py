@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from codegen.runtime import Artifact
     from rewriter.api import Result
     from rewriter.loaded import LoadedModel
+
+Compare = Callable[..., Any]
+EXAMPLE = 128  # tokens an artifact that generates is verified on
 
 
 def check_decode(decode: bool, max_length: int | None, session: Path | None) -> None:
@@ -43,6 +46,33 @@ def compile_result(
         return compile_artifact(result, **options)
     del options["session"]
     return compile_decoder(loaded.model, result, max_length=max_length, **options)
+
+
+def model_for(opened: Artifact, model: str, attn: str) -> tuple[LoadedModel, Compare]:
+    """MODEL with inputs of the artifact's shape, and what compares the two."""
+    from rewriter.cli.options import open_model
+    from rewriter.verify import verify_artifact
+
+    shape = opened.inputs[0].shape
+    if opened.manifest.decode:
+        from rewriter.decode import verify_decoder
+
+        tokens = min(EXAMPLE, opened.manifest.decode.get("length") or EXAMPLE)
+        return for_decode(open_model(model, tokens, shape[0], None, attn), True), verify_decoder
+    tokens = shape[1] if len(shape) == 2 else None
+    image = shape[-1] if len(shape) == 4 else None
+    return open_model(model, tokens, shape[0] if shape else 1, image, attn), verify_artifact
+
+
+def refuse_decode(subject: str) -> None:
+    """`UsageError` for an artifact that generates: a single call of it says little."""
+    from codegen.archive import describe
+
+    if Path(subject).is_file() and describe(subject).decode:
+        raise UsageError(
+            f"{subject}: this artifact generates tokens; rewriter run --generate says how many a "
+            "second"
+        )
 
 
 def generate(artifact: Artifact, inputs: Mapping[str, Any], number: int) -> dict[str, Any]:
