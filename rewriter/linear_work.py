@@ -6,6 +6,7 @@ form, or a mapping from patterns over layer ids (module paths) to forms; the fir
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
     import torch
 
     from passes.linear_form import LinearForm
+    from passes.moe_balance import Balance
     from passes.plan import Choice
     from rewriter.api import Result
 
 Batches = Sequence[Mapping[str, "torch.Tensor"]]
 Request = "str | LinearForm | Sequence[str] | Mapping[str, str | LinearForm]"
 _RATE = 2e-4
+_BALANCE = 0.01  # weight of the loss that balances experts by latency
 
 
 def linear_rules(linear: Any) -> dict[str, LinearForm]:
@@ -158,23 +161,41 @@ def recover(
     from rewriter.fine_tune import Rates, fine_tune
     from rewriter.fit_loss import floating, masked_error
 
+    watched = _balance(result.rewritten.module)
     original, names = result.traced.module, set(input_names(result.traced))
 
     def loss(outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
             wanted = floating(original(**{n: v for n, v in batch.items() if n in names}))
         pairs = zip(floating(outputs), wanted, strict=True)
-        return torch.stack([masked_error(got, want, batch) for got, want in pairs]).sum()
+        total = torch.stack([masked_error(got, want, batch) for got, want in pairs]).sum()
+        return total if watched is None else total + _BALANCE * watched.loss()
 
-    done = fine_tune(
-        result.rewritten,
-        data,
-        loss,
-        seconds=seconds,
-        rates=Rates(forms=_RATE, weights=_RATE),
-        progress=progress,
-    )
+    with watched or contextlib.nullcontext():
+        done = fine_tune(
+            result.rewritten,
+            data,
+            loss,
+            seconds=seconds,
+            rates=Rates(forms=_RATE, weights=_RATE),
+            progress=progress,
+        )
+    if watched is not None:
+        shares = [s["shift"] for s in watched.shares().values()]
+        result.report = result.report.with_notes(
+            f"Two-expert layers send {sum(shares) / len(shares):.0%} of the tokens to shift."
+        )
     result.report = result.report.with_notes(
         f"Linear layers trained towards the original without labels: relative squared error "
         f"{done.loss_before:.4g} -> {done.loss_after:.4g} in {done.steps} steps."
     )
+
+
+def _balance(module: torch.nn.Module) -> Balance | None:
+    """What balances two-expert layers while the model trains; None if it has none."""
+    from passes.linear_forms.moe import Moe
+    from passes.linears import linear_modules
+    from passes.moe_balance import Balance
+
+    mixed = any(isinstance(m.form, Moe) for m in linear_modules(module).values())
+    return Balance(module) if mixed else None

@@ -36,7 +36,7 @@ Linear = Annotated[
     typer.Option(
         "--linear",
         metavar="FORM[:OPTION=VALUE][,PATTERN]",
-        help="What linear layers become (shift, shiftadd_ptq); the first and last are kept.",
+        help="What linear layers become (shift, shiftadd_ptq, moe); the first and last are kept.",
     ),
 ]
 Config = Annotated[

@@ -1,0 +1,143 @@
+"""moe: two experts for each token, a product and a shift layer, chosen by a router (ShiftAddViT).
+
+Both experts start from the trained weight. A token goes to the expert with the larger logit and
+only there. Its output is multiplied by the winner's probability (``gate="value"``, as published),
+or by one with that probability's gradient (``gate="through"``, the default: the converted layer
+then computes what its experts compute). The loss that balances the experts by their latencies is
+in passes/moe_balance.py. Not compiled yet: which tokens go where is known only at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from passes.errors import LoweringError, UsageError
+from passes.form import FormConfig, Paper
+from passes.linear_form import LinearForm, LinearSpec, finite
+from passes.linear_forms.shift import Shift
+from passes.opcount import OpCount
+
+EXPERTS = ("multiply", "shift")
+_NOT_COMPILED = (
+    "moe: layers with two experts run and train in torch but are not compiled yet; compile with "
+    "linear='shift', or leave linear out"
+)
+
+
+@dataclass(frozen=True)
+class MoeConfig(FormConfig):
+    """bits of the shift expert, 3 to 5; latencies of the experts (multiply, shift), in any unit;
+    gate "through" or "value"."""
+
+    bits: int = 4
+    latencies: Sequence[float] = (6.0, 4.0)
+    gate: str = "through"
+
+    def __post_init__(self) -> None:
+        Shift({"bits": self.bits})
+        times = self.latencies
+        if not isinstance(times, (list, tuple)) or len(times) != 2:
+            raise UsageError(f"latencies: two numbers (multiply, shift), got {times!r}")
+        if not all(isinstance(t, (int, float)) and 0 < t < float("inf") for t in times):
+            raise UsageError(f"latencies: must be positive numbers, got {times!r}")
+        if self.gate not in ("through", "value"):
+            raise UsageError(f"gate: must be through or value, got {self.gate!r}")
+        object.__setattr__(self, "latencies", [float(t) for t in times])
+
+
+class Moe(LinearForm):
+    """A mixture of a product and a shift layer."""
+
+    name = "moe"
+    paper = Paper(
+        "You et al.",
+        "ShiftAddViT: Mixture of Multiplication Primitives Towards Efficient Vision Transformer",
+        2023,
+        "https://arxiv.org/abs/2306.06446",
+    )
+    formula = "y = E_j(x), j = argmax router(x), E = (W x + b, shift(W') x + b)"
+    needs = "training"
+    frozen = frozenset({"base"})
+    Config = MoeConfig
+    config: MoeConfig
+
+    @property
+    def shift(self) -> Shift:
+        """The second expert's form."""
+        return Shift({"bits": self.config.bits})
+
+    def convert(
+        self, weight: Tensor, bias: Tensor | None, x: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """ "multiply" [N, K], "weight" and "base" of the shift expert, "router" [2, K] and bias.
+
+        The router starts small and symmetric, so that tokens go to both experts.
+        """
+        weight = finite(weight, self.name)
+        made = self.shift.convert(weight, bias)
+        generator = torch.Generator().manual_seed(weight.shape[0] * 65537 + weight.shape[1])
+        row = torch.randn(weight.shape[1], generator=generator).to(weight.device)
+        row = 0.1 * row / weight.shape[1] ** 0.5
+        return {**made, "multiply": weight.clone(), "router": torch.stack([row, -row])}
+
+    def logits(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """[tokens, 2] of x [..., K]."""
+        return linear(x.reshape(-1, x.shape[-1]), params["router"].to(x.dtype))
+
+    def weight(self, params: Mapping[str, Tensor]) -> Tensor:
+        """The shift expert's."""
+        return self.shift.weight(params)
+
+    def forward(
+        self, params: Mapping[str, Tensor], x: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        """[..., N]; every token is computed once, by its own expert."""
+        tokens = x.reshape(-1, x.shape[-1])
+        chance, choice = self.logits(params, x).softmax(dim=-1).max(dim=-1)
+        gate = chance if self.config.gate == "value" else 1 + chance - chance.detach()
+        experts = (params["multiply"], self.weight(params) if weight is None else weight)
+        bias = params.get("bias")
+        out = x.new_zeros(len(tokens), experts[0].shape[0])
+        for at, expert in enumerate(experts):
+            mine = (choice == at).nonzero()[:, 0]
+            bent = None if bias is None else bias.to(x.dtype)
+            made = linear(tokens[mine], expert.to(x.dtype), bent)
+            out = out.index_copy(0, mine, made * gate[mine, None])
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def pack(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """LoweringError: not compiled yet."""
+        self._refuse()
+
+    def packed_names(self, spec: LinearSpec) -> tuple[str, ...]:
+        """LoweringError: not compiled yet."""
+        self._refuse()
+
+    def unpack(self, spec: LinearSpec, packed: Mapping[str, Tensor]) -> Tensor:
+        """LoweringError: not compiled yet."""
+        self._refuse()
+
+    def kernel(self, kit: Any, spec: LinearSpec, packed: Mapping[str, Any], x: Any) -> Any:
+        """LoweringError: not compiled yet."""
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise LoweringError(_NOT_COMPILED)
+
+    def ops(self, spec: LinearSpec, rows: int) -> OpCount:
+        """As a balanced mixture of two kernels would: tokens in inverse ratio of the latencies."""
+        slow, fast = self.config.latencies
+        first = round(rows * fast / (slow + fast))
+        products = first * spec.inputs * spec.outputs
+        router = OpCount.of(
+            mul=2 * rows * spec.inputs, add=2 * rows * spec.inputs, exp=2 * rows, max=rows
+        )
+        bias = first * spec.outputs if spec.bias else 0
+        rest = self.shift.ops(spec, rows - first) if rows > first else OpCount()
+        return router + OpCount.of(mul=products, add=products + bias) + rest
