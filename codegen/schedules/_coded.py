@@ -16,6 +16,7 @@ from tvm.s_tir import TensorIntrin
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from codegen.kernels.binary import signed_sum
 from codegen.kernels.coded import NAN, Term, code_of, product_of, terms_of, weight_of
 from codegen.target import Target
 from passes.linear_forms._codes import CodeSpec
@@ -42,8 +43,9 @@ def instruction(kind: str, spec: CodeSpec, index: str) -> str:
     return name
 
 
-def _arguments(spec: CodeSpec) -> list[Any]:
-    shapes = {"c": ((LANES,), "float32"), "x": ((spec.per,), "float32"), "w": ((LANES,), "int32")}
+def _arguments(kind: str, spec: CodeSpec) -> list[Any]:
+    inputs = (spec.per, spec.bits) if kind == "binary" else (spec.per,)
+    shapes = {"c": ((LANES,), "float32"), "x": (inputs, "float32"), "w": ((LANES,), "int32")}
     return [
         T.arg(name, T.buffer(shape, dtype, offset_factor=1))
         for name, (shape, dtype) in shapes.items()
@@ -54,34 +56,46 @@ def _described(kind: str, spec: CodeSpec, index: str) -> Any:
     lanes, per = (tirx.const(n, index) for n in (LANES, spec.per))
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name("main")
-        c, x, w = _arguments(spec)
+        c, x, w = _arguments(kind, spec)
         with T.sblock("root"):
-            T.reads([c[0:LANES], x[0 : spec.per], w[0:LANES]])
+            T.reads([c[0:LANES], _region(kind, spec, x), w[0:LANES]])
             T.writes([c[0:LANES]])
             with T.grid(lanes, per) as (lane, i), T.sblock("update"):
                 vl, vi = T.axis.remap("SR", [lane, i])
                 code = code_of(spec, w[vl], vi)
-                made = (
-                    product_of(spec, x[vi], code)
-                    if kind == "add"
-                    else x[vi] * weight_of(spec, code)
-                )
+                made = _made(kind, spec, x, vi, code)
                 T.buffer_store(c, c[vl] + made, [vl])
     return ib.get()
+
+
+def _region(kind: str, spec: CodeSpec, x: Any) -> Any:
+    return x[0 : spec.per, 0 : spec.bits] if kind == "binary" else x[0 : spec.per]
+
+
+def _made(kind: str, spec: CodeSpec, x: Any, i: Any, code: Any) -> Any:
+    """What one code adds to the sum."""
+    if kind == "binary":
+        return signed_sum(spec, lambda r: x[i, r], code)
+    return product_of(spec, x[i], code) if kind == "add" else x[i] * weight_of(spec, code)
+
+
+def _width(kind: str, spec: CodeSpec) -> int:
+    """Floats that one step reads of the inputs."""
+    return spec.per * (spec.bits if kind == "binary" else 1)
 
 
 def _called(kind: str, spec: CodeSpec) -> Any:
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name("main")
-        c, x, w = _arguments(spec)
+        c, x, w = _arguments(kind, spec)
         with T.sblock("root"):
-            T.reads([c[0:LANES], x[0 : spec.per], w[0:LANES]])
+            T.reads([c[0:LANES], _region(kind, spec, x), w[0:LANES]])
             T.writes([c[0:LANES]])
             done = tirx.call_pure_extern(
                 f"float32x{LANES}",
                 function_name(kind, spec),
                 c.vload([0], f"float32x{LANES}"),
-                x.vload([0], f"float32x{spec.per}"),
+                x.vload([0] * len(x.shape), f"float32x{_width(kind, spec)}"),
                 w.vload([0], f"int32x{LANES}"),
             )
             T.buffer_store(c, done, [tirx.Ramp(0, 1, LANES)])
@@ -90,14 +104,13 @@ def _called(kind: str, spec: CodeSpec) -> Any:
 
 def llvm_code(kind: str, spec: CodeSpec, target: Target) -> str:
     """The LLVM function of one step."""
-    body = _Body(spec)
+    body = _Body(spec, _width(kind, spec))
     total = "%c"
     shared = body.weights() if kind == "fma" else []
     for i in range(spec.per):
         index = "%w" if i == 0 else body.line(f"lshr {_I} %w, {_all(i * spec.bits)}")
-        one = body.line(f"extractelement <{spec.per} x float> %x, i32 {i}")
-        row = body.splat(one)
-        tables = shared if kind == "fma" else body.products(row)
+        row = "" if kind == "binary" else body.input(i)
+        tables = shared or (body.products(row) if row else [body.sums(i)])
         value = body.look_up(tables, index)
         if kind == "fma":
             total = body.line(f"call {_F} @llvm.fma.v16f32({_F} {row}, {_F} {value}, {_F} {total})")
@@ -108,7 +121,7 @@ def llvm_code(kind: str, spec: CodeSpec, target: Target) -> str:
 declare {_F} @llvm.fma.v16f32({_F}, {_F}, {_F})
 declare {_F} {_ONE_TABLE}({_F}, {_I})
 declare {_F} {_TWO_TABLES}({_F}, {_I}, {_F})
-define {_F} @{function_name(kind, spec)}({_F} %c, <{spec.per} x float> %x, {_I} %w) #0 {{
+define {_F} @{function_name(kind, spec)}({_F} %c, <{body.width} x float> %x, {_I} %w) #0 {{
 {body.text()}
   ret {_F} {total}
 }}
@@ -120,8 +133,8 @@ attributes #0 = {{ alwaysinline nounwind "target-cpu"="{target.tvm["mcpu"]}" \
 class _Body:
     """Lines of an LLVM function; every method returns the name (or constant) of its result."""
 
-    def __init__(self, spec: CodeSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: CodeSpec, width: int) -> None:
+        self.spec, self.width = spec, width
         self.lines: list[str] = []
 
     def line(self, code: str) -> str:
@@ -132,7 +145,9 @@ class _Body:
     def text(self) -> str:
         return "\n".join(self.lines)
 
-    def splat(self, value: str) -> str:
+    def input(self, at: int) -> str:
+        """Input `at` in all lanes."""
+        value = self.line(f"extractelement <{self.width} x float> %x, i32 {at}")
         one = self.line(f"insertelement {_F} poison, float {value}, i32 0")
         return self.line(f"shufflevector {_F} {one}, {_F} poison, {_I} zeroinitializer")
 
@@ -150,6 +165,17 @@ class _Body:
             return self.line(f"call {_F} {_ONE_TABLE}({_F} {tables[0]}, {_I} {index})")
         low, high = tables
         return self.line(f"call {_F} {_TWO_TABLES}({_F} {low}, {_I} {index}, {_F} {high})")
+
+    def sums(self, i: int) -> str:
+        """The table of signed sums of the parts of input `i`."""
+        total, bits = "", self.spec.bits
+        for r in range(bits):
+            part = self.line(f"bitcast {_F} {self.input(i * bits + r)} to {_I}")
+            sign = [0 if c >> r & 1 else -(2**31) for c in range(LANES)]
+            turned = self.line(f"xor {_I} {part}, {_ints(sign)}")
+            one = self.line(f"bitcast {_I} {turned} to {_F}")
+            total = self.line(f"fadd {_F} {total}, {one}") if total else one
+        return total
 
     def products(self, row: str) -> list[str]:
         """Tables of x times the codes' values, for one input x in all lanes of `row`."""

@@ -24,13 +24,13 @@ def apply(func: Any, target: Target) -> Any | None:
     if found is None:
         return None
     kind, spec = found[1], CodeSpec(int(found[2]), int(found[3]))
+    kind = "binary" if found[0].startswith("binary") else kind
     sch, product = blocks.sch, blocks.named(found[0])
     store = store_block(blocks, found[0])
     rows, columns, group, inner = sch.get_loops(product)
     chunk, panel = sch.split(columns, [None, PANEL * _together(sch, rows, columns, target)])
     vector, lane = sch.split(panel, [None, target.lanes])
-    binary = found[0].startswith("binary")
-    tables = _tables(target) and not binary
+    tables = _tables(target)
     steps = (lane, inner) if tables else (inner, lane)
     sch.reorder(chunk, group, rows, vector, *steps)
     _, last = parallel_chunks(sch, [chunk], target)
