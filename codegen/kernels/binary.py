@@ -1,9 +1,9 @@
 """Products with binary codes: w = scale_n sum_r alpha_kr b_r, b = +-1.
 
 What codes stand for: passes/linear_forms/_binary.py. Words as in codegen/kernels/coded.py; bit r of
-a code says that b_r is +1. For one row the inputs are multiplied by the alphas once (``binary_x``),
-and a product is a sum of those under signs (``binary_add_*``): no multiplication for a weight. For
-more rows the weights are made once, a panel at a time.
+a code says that b_r is +1. For a few rows the inputs are multiplied by the alphas once
+(``binary_x``), and a product is a sum of those under signs (``binary_add_*``): no multiplication
+for a weight. For more rows the weights are made once, a panel at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tvm import te, tirx
 from codegen.kernels.coded import code_of, u32
 from codegen.kernels.dense import dense_made, panel_width
 from codegen.target import Target
+from passes.linear_forms._coded_ops import SIGNED
 from passes.linear_forms._codes import PANEL, CodeSpec
 
 
@@ -34,8 +35,8 @@ def binary(
 ) -> Any:
     """x [.., T, K] times the weight (and bias) -> [.., T, N]."""
     columns, lead = int(scale.shape[0]), [int(d) for d in x.shape[:-1]]
-    if lead == [1]:
-        total = _one(x, words, alpha, spec)
+    if len(lead) == 1 and lead[0] <= SIGNED:
+        total = _few(x, words, alpha, spec)
     else:
         total = _many(x, words, alpha, spec, columns, target)
 
@@ -46,7 +47,7 @@ def binary(
     return te.compute((*lead, columns), value, name="coded_out")
 
 
-def _one(x: Any, words: Any, alpha: Any, spec: CodeSpec) -> Any:
+def _few(x: Any, words: Any, alpha: Any, spec: CodeSpec) -> Any:
     rows, depth = (int(d) for d in x.shape)
     panels, groups, _ = (int(d) for d in words.shape)
     zero = tirx.const(0, "float32")

@@ -77,10 +77,10 @@ def test_kernels_equal_a_float64_product(bits: int, rows: int) -> None:
     out, rules = run(form, spec, packed, x)
     exact = x.double() @ weight.double().T + params["bias"].double()
     assert (out.double() - exact).abs().max() < 1e-5 * exact.abs().max()
-    assert rules == ["coded_rows" if rows == 1 else "dense"]
+    assert rules == ["coded_rows" if rows <= 4 else "dense"]
 
 
-@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize("rows", [1, 3, 8])
 def test_operations_are_those_of_the_kernel(rows: int) -> None:
     form = ShiftAddPtq({"bits": 4})
     params = form.convert(torch.randn(64, 40), None)
