@@ -139,6 +139,8 @@ def seal_step(model: Any, rewritten: Rewritten, *, tokens: int, length: int) -> 
 def check_streams(rewritten: Rewritten) -> None:
     """`FormError` that names every site which can not go token by token, and why."""
     lines = []
+    if rewritten.plan.linears:  # the step is traced anew from the original's own layers
+        lines.append(f"  linear layers: {', '.join(rewritten.plan.linears)} were rewritten")
     for site in rewritten.sites:
         form = rewritten.attention(site.id).form
         if not isinstance(form, Streaming):
