@@ -6,7 +6,6 @@ and takes turns with exact attention, length by length.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 from passes.errors import LoweringError, UsageError
 from passes.form import form_named
 from passes.site import AttentionSite, Dims, Mask
-from rewriter.outputs import write_text
+from rewriter.record import read_rows, write_rows
 
 if TYPE_CHECKING:
     from codegen.kit_build import Running
@@ -124,13 +123,14 @@ def break_even(
     for name in forms:
         form_named(name)
     key = {"shape": asdict(shape), "lengths": list(lengths), "target": target.to_json()}
-    done = _read(record, key)
+    head = {"schema": SCHEMA, "key": key}
+    done = {c.form: c for c in read_rows(record, head, "curves", Curve.from_json, "forms")}
     for index, name in enumerate(forms):
         if progress is not None:
             progress(name, index, len(forms))
         if name not in done:
             done[name] = _curve(name, shape, lengths, target)
-            _write(record, key, done)
+            write_rows(record, head, "curves", [c.to_json() for c in done.values()])
     return [done[name] for name in forms]
 
 
@@ -170,23 +170,3 @@ def _turns(mine: Running, theirs: Running) -> tuple[float, float]:
     rounds = ROUNDS if first > 0.2 else 3 * ROUNDS
     pairs = [(mine(), theirs()) for _ in range(rounds)]
     return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
-
-
-def _read(record: Path | None, key: Mapping[str, Any]) -> dict[str, Curve]:
-    if record is None or not record.exists():
-        return {}
-    try:
-        data = json.loads(record.read_text())
-        curves = [Curve.from_json(row) for row in data["curves"]]
-        same = data["schema"] == SCHEMA and data["key"] == json.loads(json.dumps(key))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"record {record}: not a record of `rewriter forms`") from error
-    if not same:
-        raise UsageError(f"record {record}: was made with other settings; name another file")
-    return {c.form: c for c in curves}
-
-
-def _write(record: Path | None, key: Mapping[str, Any], done: Mapping[str, Curve]) -> None:
-    if record is not None:
-        data = {"schema": SCHEMA, "key": key, "curves": [c.to_json() for c in done.values()]}
-        write_text(record, json.dumps(data, indent=1) + "\n")

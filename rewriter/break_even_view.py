@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from passes.errors import ArtifactError
 from rewriter.break_even import Curve
+from rewriter.record import save_picture
 
 
 def table(curves: Sequence[Curve]) -> Table:
@@ -66,7 +66,4 @@ def picture(curves: Sequence[Curve], path: Path) -> None:
     axes.set_ylabel("milliseconds")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
-    try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"--picture {path}: can not be written ({error})") from error
+    save_picture(figure, path)

@@ -8,10 +8,9 @@ must have kept it. An average quality can hide that this is lost, so it is measu
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from passes.errors import FormError, UsageError
 from passes.form import Form, form_named
 from passes.site import AttentionSite, Dims, Mask
 from passes.substitute import AttentionModule
-from rewriter.outputs import write_text
+from rewriter.record import read_rows, write_rows
 
 KEYS, VALUES = 128, 64  # words that are keys, and words that are values
 SCHEMA = 1
@@ -179,7 +178,9 @@ def recall(
     bad = [n for n in pairs if not 1 <= n <= KEYS]
     if bad or not pairs or not forms:
         raise UsageError(f"pairs: give numbers from 1 to {KEYS}, and at least one form; got {bad}")
-    done = _read(record, setup)
+    head = _head(setup)
+    kept = read_rows(record, head, "cells", lambda row: Cell(**row), "recall", "another setup")
+    done = {(c.form, c.pairs): c for c in kept}
     wanted = [(f, n) for f in forms for n in pairs]
     tell = progress or (lambda *_: None)
     for index, (form, count) in enumerate(wanted):
@@ -189,29 +190,14 @@ def recall(
                 tell(label, i * setup.steps + at, len(wanted) * setup.steps)
 
             done[form, count] = train_cell(form, count, setup, step)
-            _write(record, setup, done)
+            write_rows(record, head, "cells", [asdict(c) for c in done.values()])
     return [done[key] for key in wanted]
-
-
-def _read(record: Path | None, setup: Setup) -> dict[tuple[str, int], Cell]:
-    if record is None or not record.exists():
-        return {}
-    try:
-        data: Mapping[str, Any] = json.loads(record.read_text())
-        cells = [Cell(**row) for row in data["cells"]]
-        same = data["schema"] == SCHEMA and data["setup"] == asdict(setup)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"record {record}: not a record of `rewriter recall`") from error
-    if not same:
-        raise UsageError(f"record {record}: was made with another setup; name another file")
-    return {(c.form, c.pairs): c for c in cells}
-
-
-def _write(record: Path | None, setup: Setup, done: Mapping[tuple[str, int], Cell]) -> None:
-    if record is not None:
-        write_text(record, json.dumps(to_json(list(done.values()), setup), indent=1) + "\n")
 
 
 def to_json(cells: Sequence[Cell], setup: Setup) -> dict[str, Any]:
     """Plain data."""
-    return {"schema": SCHEMA, "setup": asdict(setup), "cells": [asdict(c) for c in cells]}
+    return {**_head(setup), "cells": [asdict(c) for c in cells]}
+
+
+def _head(setup: Setup) -> dict[str, Any]:
+    return {"schema": SCHEMA, "setup": asdict(setup)}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from passes.errors import ArtifactError
 from rewriter.recall import Cell
+from rewriter.record import save_picture
 
 
 def table(cells: Sequence[Cell]) -> Table:
@@ -39,8 +39,7 @@ def picture(cells: Sequence[Cell], path: Path) -> None:
 
     figure = Figure(figsize=(7.6, 4.4), layout="constrained")
     axes = figure.subplots()
-    names = [n for n in dict.fromkeys(c.form for c in cells)]
-    for index, name in enumerate(names):
+    for index, name in enumerate(dict.fromkeys(c.form for c in cells)):
         points = sorted((c.pairs, c.accuracy) for c in cells if c.form == name and not c.why)
         if points:
             x, y = zip(*points, strict=True)
@@ -57,7 +56,4 @@ def picture(cells: Sequence[Cell], path: Path) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-    try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"--picture {path}: can not be written ({error})") from error
+    save_picture(figure, path)
