@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from passes.errors import FitError, UsageError
 from passes.substitute import Rewritten
@@ -189,7 +189,7 @@ def _state(
     if state is None:
         state = FitState()
     else:
-        _put_back(rewritten.module, state.tensors, folder)
+        folder.put_back(rewritten.module, state)
         state.resumed += 1
     start, before = time.monotonic(), state.used
 
@@ -201,15 +201,3 @@ def _state(
         folder.save(state)
 
     return state, save
-
-
-@torch.no_grad()
-def _put_back(module: nn.Module, tensors: Mapping[str, Tensor], folder: StateFolder) -> None:
-    named = dict(module.named_parameters())
-    for key, value in tensors.items():
-        kind, _, name = key.partition("/")
-        if kind != "now":
-            continue
-        if name not in named or named[name].shape != value.shape:
-            raise FitError(f"state folder {folder.folder}: {name!r} does not fit")
-        named[name].copy_(value)

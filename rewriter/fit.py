@@ -184,20 +184,12 @@ class _Run:
             names += list(self.loop.task.params)
         return list(dict.fromkeys(names))
 
-    @torch.no_grad()
     def _resume(self) -> None:
         assert self.folder is not None
         saved = self.folder.load()
         if saved is None:
             return
-        named = dict(self.rewritten.module.named_parameters())
-        for key, value in saved.tensors.items():
-            kind, _, name = key.partition("/")
-            if kind == "now" and (name not in named or named[name].shape != value.shape):
-                raise FitError(f"state folder {self.folder.folder}: {name!r} does not fit")
-        for key, value in saved.tensors.items():
-            if key.startswith("now/"):
-                named[key.removeprefix("now/")].copy_(value)
+        self.folder.put_back(self.rewritten.module, saved)
         saved.resumed += 1
         self.state, self.used_before, self.cpu_before = saved, saved.used, saved.cpu
 

@@ -110,6 +110,21 @@ class StateFolder:
             told = error.strerror or error
             raise FitError(f"state folder {self.folder}: can not be written ({told})") from error
 
+    @torch.no_grad()
+    def put_back(self, module: nn.Module, state: FitState) -> None:
+        """Copy the saved parameters into `module`; `FitError` before any, if one does not fit."""
+        named = dict(module.named_parameters())
+        saved = {
+            key.removeprefix("now/"): value
+            for key, value in state.tensors.items()
+            if key.startswith("now/")
+        }
+        for name, value in saved.items():
+            if name not in named or named[name].shape != value.shape:
+                raise FitError(f"state folder {self.folder}: {name!r} does not fit")
+        for name, value in saved.items():
+            named[name].copy_(value)
+
     def _check_empty(self) -> None:
         foreign = [p.name for p in self.folder.iterdir() if not p.name.startswith("tensors-")]
         foreign = [n for n in foreign if n != f"{RECORD}.part"]
