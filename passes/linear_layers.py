@@ -60,11 +60,11 @@ def find_linears(module: GraphModule) -> tuple[LinearLayer, ...]:
 
 def _linear_nodes(module: GraphModule) -> Iterator[tuple[Node, str, str | None, bool]]:
     for node in module.graph.nodes:
-        made = _as_linear(node)
+        made = linear_parts(node)
         if made is None:
             continue
         weight, bias, transposed = made
-        if not _is_parameter(weight) or not (bias is None or _is_parameter(bias)):
+        if not is_parameter(weight) or not (bias is None or is_parameter(bias)):
             continue
         tensor = tensor_named(module, str(weight.target))  # type: ignore[attr-defined]
         if tensor.dim() == 2:
@@ -72,7 +72,7 @@ def _linear_nodes(module: GraphModule) -> Iterator[tuple[Node, str, str | None, 
             yield node, str(weight.target), told, transposed  # type: ignore[attr-defined]
 
 
-def _as_linear(node: Node) -> tuple[object, object, bool] | None:
+def linear_parts(node: Node) -> tuple[object, object, bool] | None:
     """(weight, bias, transposed) of a node that may be a linear layer."""
     if node.target is _LINEAR:
         return node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias"), False
@@ -85,7 +85,8 @@ def _as_linear(node: Node) -> tuple[object, object, bool] | None:
     return None
 
 
-def _is_parameter(value: object) -> bool:
+def is_parameter(value: object) -> bool:
+    """Whether `value` is a node that reads a tensor of the module."""
     return isinstance(value, Node) and value.op == "get_attr"
 
 

@@ -9,13 +9,11 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from passes.linear_layers import is_parameter, linear_parts
 from passes.site import AttentionSite
 from passes.substitute import Rewritten
 
 _ATEN = torch.ops.aten
-_LINEAR = _ATEN.linear.default
-_ADDMM = _ATEN.addmm.default
-_MATMUL = (_ATEN.matmul.default, _ATEN.mm.default)
 _SAME = {
     _ATEN.clone.default, _ATEN.contiguous.default, _ATEN.dropout.default, _ATEN.alias.default,
     _ATEN.detach.default, _ATEN._to_copy.default, _ATEN.to.dtype, _ATEN.dropout_.default,
@@ -52,33 +50,14 @@ class Linear:
 
 def as_linear(node: Node) -> Linear | None:
     """`node` as a linear layer with parameters of the module, or None."""
-    if node.target is _LINEAR:
-        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-        return _linear(node, node.args[1], bias, False)
-    if node.target is _ADDMM:
-        return _addmm(node)
-    if node.target in _MATMUL and _is_parameter(node.args[1]):
-        return _linear(node, node.args[1], None, True)
-    return None
-
-
-def _addmm(node: Node) -> Linear | None:
-    bias, _, weight = node.args[:3]
-    if _is_parameter(weight):
-        return _linear(node, weight, bias, True)
-    turned = isinstance(weight, Node) and weight.target in {_ATEN.t.default, *_MOVES}
-    return _linear(node, weight.args[0], bias, False) if turned else None  # type: ignore[union-attr]
-
-
-def _linear(node: Node, weight: object, bias: object, transposed: bool) -> Linear | None:
-    if not _is_parameter(weight) or not (bias is None or _is_parameter(bias)):
+    parts = linear_parts(node)
+    if parts is None:
+        return None
+    weight, bias, transposed = parts
+    if not is_parameter(weight) or not (bias is None or is_parameter(bias)):
         return None
     name = str(weight.target)  # type: ignore[attr-defined]
     return Linear(node, name, None if bias is None else str(bias.target), transposed)  # type: ignore[attr-defined]
-
-
-def _is_parameter(value: object) -> bool:
-    return isinstance(value, Node) and value.op == "get_attr"
 
 
 def site_node(rewritten: Rewritten, site_id: str) -> Node:
