@@ -248,7 +248,7 @@ def fine_tune(
         data: dicts of tensors: the model's inputs by name, and whatever else `loss` reads.
         loss: ``loss(outputs, batch) -> scalar tensor``.
         seconds: wall-clock budget.
-        options: `validation`, `rates`, `state_dir`, `seed`, `progress` of
+        options: `validation`, `rates`, `state_dir`, `seed`, `refresh`, `progress` of
             `rewriter.fine_tune.fine_tune`, which holds the loop.
 
     Raises:

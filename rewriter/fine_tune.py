@@ -2,7 +2,9 @@
 
 The loop, in full: every step takes one batch in a seeded order, computes ``loss(outputs, batch)``
 and makes one Adam step under a cosine fall of the rates; ten times it looks at the batches that
-were set aside and keeps the best state. A killed run goes on from its state folder.
+were set aside and keeps the best state. With ``refresh=n`` hashed forms learn their hashes anew
+from the model's own activations at the start of every n-th round over the batches
+(rewriter/refresh.py). A killed run goes on from its state folder.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from rewriter.fit_loop import Loop, Task, shuffled
 from rewriter.fit_model import form_names, with_rates
 from rewriter.fit_report import Stage
 from rewriter.fit_state import FitState, StateFolder, fit_key
+from rewriter.refresh import Refresh
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Tensor]
 Progress = Callable[..., None]
@@ -72,6 +75,7 @@ def fine_tune(
     rates: Rates | None = None,
     state_dir: Path | None = None,
     seed: int = 0,
+    refresh: int = 0,
     progress: Progress | None = None,
 ) -> FineTuned:
     """Train a rewritten model, in place, on labelled data.
@@ -85,6 +89,9 @@ def fine_tune(
         rates: learning rates and the most steps.
         state_dir: saved to every few seconds; a run that was killed goes on from there.
         seed: fixes the order of the batches.
+        refresh: epochs (rounds over `batches`) after which forms with a hash (`hamming`,
+            `shiftadd`) learn it anew from the model as it then is; one that has seen no data is
+            learned before the first step. 0: hashes stay as they are.
         progress: called as progress(stage, site, step, total, loss, seconds_left).
 
     Raises:
@@ -100,8 +107,10 @@ def fine_tune(
     if held is None:
         data, held = set_aside(data)
     _probe(rewritten, loss, held[0], inputs)
-    task = _task(rewritten, data, held, loss, inputs, rates, seconds, seed)
-    state, save = _state(rewritten, state_dir, seed, rates, data, task)
+    bare = [{n: v for n, v in b.items() if n in inputs} for b in data]
+    hashes = Refresh(rewritten, bare, refresh, seed)
+    task = _task(rewritten, data, held, loss, inputs, rates, seconds, seed, hashes)
+    state, save = _state(rewritten, state_dir, seed, rates, data, task, refresh)
     loop = Loop(task, state, lambda: save(loop), 8.0, progress)
     try:
         with torch.enable_grad():
@@ -152,14 +161,19 @@ def _task(
     rates: Rates,
     seconds: float,
     seed: int,
+    hashes: Refresh,
 ) -> Task:
     named = [n for n, _ in rewritten.module.named_parameters()]
     by_name = dict.fromkeys(named, rates.weights) | dict.fromkeys(
         form_names(rewritten), rates.forms
     )
     params, chosen = with_rates(rewritten, {n: r for n, r in by_name.items() if r > 0})
+    # Hashes take no gradient, but the best state and a resumed run need those that go with them.
+    params = {**hashes.params, **params}
+    chosen = {**dict.fromkeys(params, 0.0), **chosen}
 
     def one(step: int, done: float) -> Tensor:
+        hashes.before(step)
         batch = data[shuffled(step, len(data), seed, "fine-tune")]
         return loss(_outputs(rewritten, batch, inputs), batch)
 
@@ -178,11 +192,12 @@ def _state(
     rates: Rates,
     data: list[Batch],
     task: Task,
+    refresh: int,
 ) -> tuple[FitState, Callable[[Loop], None]]:
     """(where the run stands, what saves it)."""
     if state_dir is None:
         return FitState(), lambda loop: None
-    recipe = {"fine-tune": asdict(rates)}
+    recipe = {"fine-tune": asdict(rates) | ({"refresh": refresh} if refresh else {})}
     key = fit_key(rewritten.module, rewritten.plan, seed, recipe, data)
     folder = StateFolder(Path(state_dir), key)
     state = folder.load()
