@@ -7,8 +7,10 @@ from typing import Any
 
 from tvm import relax, te, tirx
 
-from codegen.kernels import binary, coded
+from codegen.kernels import binary, coded, dispatch
+from codegen.kernels.attention import attributes
 from codegen.legalize import dtype_of
+from codegen.schedules._common import threads
 from codegen.target import Target
 from passes.errors import LoweringError
 from passes.linear_forms._coded_ops import FEW
@@ -60,6 +62,35 @@ class LinearKit:
         made = self.builder.call_te(
             define, flat, *tensors, primfunc_name_hint=name, primfunc_attrs=_FUSABLE
         )
+        return self._reshaped(self.builder.emit(made), [*lead, outputs])
+
+    def two_experts(
+        self, x: Any, *, multiply: Any, words: Any, scale: Any, router: Any, bias: Any,
+        codes: CodeSpec, gate: bool,
+    ) -> Any:  # fmt: skip
+        """x [..., K] float32, each row by one of two experts (codegen/kernels/dispatch.py).
+
+        multiply [P, K, 32], words int32 [P, G, 32], scale [N], router [2, K], bias [N] or None;
+        with `gate` a row is multiplied by its expert's probability. [..., N].
+        """
+        if self.target.kind == "gpu":
+            raise LoweringError(
+                "moe: layers of two experts have no kernel for a GPU, where tokens are not "
+                "dispatched inside a kernel; use linear='shift', or compile for a processor"
+            )
+        *lead, depth = self._shape(x)
+        outputs = self._shape(scale)[0]
+        flat = self._reshaped(x, [math.prod(lead), depth])
+        given = {"x": flat, "multiply": multiply, "words": words, "scale": scale, "router": router}
+        given |= {} if bias is None else {"bias": bias}
+        facts = dispatch.DispatchFacts(codes, bias is not None, gate, threads(self.target))
+        tensors = {n: (tuple(int(d) for d in v.ty.shape), dtype_of(v)) for n, v in given.items()}
+        tensors["out"] = ((math.prod(lead), outputs), "float32")
+        func = dispatch.dispatch(facts, tensors, self.target).without_attr("global_symbol")
+        for key, value in attributes(dispatch.NAME, {"key": codes.key}).items():
+            func = func.with_attr(key, value)
+        name = self.builder.add_func(func, "two_experts")
+        made = relax.call_tir(name, list(given.values()), relax.TensorType(*tensors["out"]))
         return self._reshaped(self.builder.emit(made), [*lead, outputs])
 
     def fixed_point(self, x: Any, steps: int, limit: int) -> Any:

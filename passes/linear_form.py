@@ -56,6 +56,7 @@ class LinearForm(ABC):
     paper: ClassVar[Paper]
     formula: ClassVar[str]
     needs: ClassVar[str] = "nothing"  # or "training", "calibration"
+    jumps: ClassVar[bool] = False  # piecewise in x: rounding carries a row over a threshold
     frozen: ClassVar[frozenset[str]] = frozenset()  # parameters without a gradient
     Config: ClassVar[type[FormConfig]] = FormConfig
 
@@ -117,6 +118,15 @@ class LinearForm(ABC):
     @abstractmethod
     def unpack(self, spec: LinearSpec, packed: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The weight [N, K] that packed tensors stand for."""
+
+    def run_packed(
+        self, spec: LinearSpec, packed: Mapping[str, torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        """The layer from packed tensors, as a sealed graph runs in torch: [..., N]."""
+        from torch.nn.functional import linear
+
+        weight, bias = self.unpack(spec, packed).to(x.dtype), packed.get("bias")
+        return linear(self.inputs(x), weight, None if bias is None else bias.to(x.dtype))
 
     @abstractmethod
     def ops(self, spec: LinearSpec, rows: int) -> OpCount:

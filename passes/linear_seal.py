@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from passes.linear_form import LinearForm, LinearSpec, linear_form_named
 from passes.linears import LinearModule
@@ -59,9 +58,7 @@ def tensor_names(form: LinearForm, spec: LinearSpec) -> tuple[str, ...]:
 def _eager(x: Tensor, tensors: list[Tensor], spec: str) -> Tensor:
     form, facts = read_linear(spec)
     named = dict(zip(tensor_names(form, facts), tensors, strict=True))
-    weight = form.unpack(facts, named).to(x.dtype)
-    bias = named.get("bias")
-    return linear(form.inputs(x), weight, None if bias is None else bias.to(x.dtype)).contiguous()
+    return form.run_packed(facts, named, x).contiguous()
 
 
 def _fake(x: Tensor, tensors: list[Tensor], spec: str) -> Tensor:

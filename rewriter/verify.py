@@ -234,15 +234,18 @@ def verify_artifact(
 
 
 def jumps(module: Any) -> bool:
-    """Whether a form of the model is piecewise constant (codes).
+    """Whether a form of the model has thresholds (codes, a router).
 
-    Rounding then carries a value over its threshold now and then, and one code bit differs, however
-    exact the code is: such a model is held to the tolerance of `JUMPS` where it misses its own.
+    Rounding then carries a value over its threshold now and then, and one code bit (or a token's
+    expert) differs, however exact the code is: such a model is held to the tolerance of `JUMPS`
+    where it misses its own.
     """
+    from passes.linears import LinearModule
     from passes.substitute import AttentionModule
 
-    parts = module.modules() if hasattr(module, "modules") else ()
-    return any(isinstance(m, AttentionModule) and m.form.straight_through for m in parts)
+    parts = list(module.modules()) if hasattr(module, "modules") else []
+    coded = any(isinstance(m, AttentionModule) and m.form.straight_through for m in parts)
+    return coded or any(isinstance(m, LinearModule) and m.form.jumps for m in parts)
 
 
 def _types(module: Any, outputs: Sequence[torch.Tensor]) -> list[str]:

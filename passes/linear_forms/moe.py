@@ -4,30 +4,27 @@ Both experts start from the trained weight. A token goes to the expert with the 
 only there. Its output is multiplied by the winner's probability (``gate="value"``, as published),
 or by one with that probability's gradient (``gate="through"``, the default: the converted layer
 then computes what its experts compute). The loss that balances the experts by their latencies is
-in passes/moe_balance.py. Not compiled yet: which tokens go where is known only at run time.
+in passes/moe_balance.py, the compiled layer in codegen/kernels/dispatch.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from passes.errors import LoweringError, UsageError
+from passes.errors import UsageError
 from passes.form import FormConfig, Paper
 from passes.linear_form import LinearForm, LinearSpec, finite
+from passes.linear_forms._codes import PANEL
 from passes.linear_forms.shift import Shift
 from passes.opcount import OpCount
 
 EXPERTS = ("multiply", "shift")
-_NOT_COMPILED = (
-    "moe: layers with two experts run and train in torch but are not compiled yet; compile with "
-    "linear='shift', or leave linear out"
-)
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,7 @@ class Moe(LinearForm):
     )
     formula = "y = E_j(x), j = argmax router(x), E = (W x + b, shift(W') x + b)"
     needs = "training"
+    jumps = True
     frozen = frozenset({"base"})
     Config = MoeConfig
     config: MoeConfig
@@ -98,11 +96,16 @@ class Moe(LinearForm):
         self, params: Mapping[str, Tensor], x: Tensor, weight: Tensor | None = None
     ) -> Tensor:
         """[..., N]; every token is computed once, by its own expert."""
+        shift = self.weight(params) if weight is None else weight
+        experts = (params["multiply"], shift)
+        return self._sent(x, self.logits(params, x), experts, params.get("bias"))
+
+    def _sent(
+        self, x: Tensor, logits: Tensor, experts: tuple[Tensor, Tensor], bias: Tensor | None
+    ) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        chance, choice = self.logits(params, x).softmax(dim=-1).max(dim=-1)
+        chance, choice = logits.softmax(dim=-1).max(dim=-1)
         gate = chance if self.config.gate == "value" else 1 + chance - chance.detach()
-        experts = (params["multiply"], self.weight(params) if weight is None else weight)
-        bias = params.get("bias")
         out = x.new_zeros(len(tokens), experts[0].shape[0])
         for at, expert in enumerate(experts):
             mine = (choice == at).nonzero()[:, 0]
@@ -112,23 +115,39 @@ class Moe(LinearForm):
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
     def pack(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """LoweringError: not compiled yet."""
-        self._refuse()
+        """`words` and `scale` of the shift expert; "multiply" [P, K, PANEL] with the columns of a
+        panel side by side, zeros behind the last; "router" [2, K]."""
+        weight = params["multiply"].detach().float().cpu()
+        panels = -(-weight.shape[0] // PANEL)
+        whole = weight.new_zeros(panels * PANEL, weight.shape[1])
+        whole[: len(weight)] = weight
+        return {
+            **self.shift.pack(params),
+            "multiply": whole.view(panels, PANEL, -1).transpose(1, 2).contiguous(),
+            "router": params["router"].detach().float().cpu(),
+        }
 
     def packed_names(self, spec: LinearSpec) -> tuple[str, ...]:
-        """LoweringError: not compiled yet."""
-        self._refuse()
+        """multiply, words, scale, router."""
+        return ("multiply", "words", "scale", "router")
 
     def unpack(self, spec: LinearSpec, packed: Mapping[str, Tensor]) -> Tensor:
-        """LoweringError: not compiled yet."""
-        self._refuse()
+        """The shift expert's weight [N, K]."""
+        return self.shift.unpack(spec, packed)
+
+    def run_packed(self, spec: LinearSpec, packed: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """As `forward`, from packed tensors."""
+        multiply = packed["multiply"].transpose(1, 2).flatten(0, 1)[: spec.outputs]
+        experts = (multiply, self.unpack(spec, packed))
+        return self._sent(x, self.logits(packed, x), experts, packed.get("bias"))
 
     def kernel(self, kit: Any, spec: LinearSpec, packed: Mapping[str, Any], x: Any) -> Any:
-        """LoweringError: not compiled yet."""
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise LoweringError(_NOT_COMPILED)
+        """One kernel that routes, gathers, multiplies and scatters."""
+        named = {n: packed[n] for n in self.packed_names(spec)}
+        gate = self.config.gate == "value"
+        return kit.two_experts(
+            x, **named, bias=packed.get("bias"), codes=self.shift.codes, gate=gate
+        )
 
     def ops(self, spec: LinearSpec, rows: int) -> OpCount:
         """As a balanced mixture of two kernels would: tokens in inverse ratio of the latencies."""

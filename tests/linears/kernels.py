@@ -18,7 +18,11 @@ from passes.opcount import OpCount
 
 
 def lowered(
-    form: LinearForm, spec: LinearSpec, packed: dict[str, torch.Tensor], shape: tuple[int, ...]
+    form: LinearForm,
+    spec: LinearSpec,
+    packed: dict[str, torch.Tensor],
+    shape: tuple[int, ...],
+    target: Target | None = None,
 ) -> Any:
     """The unscheduled module: "main" takes x and the packed tensors in order."""
     builder = relax.BlockBuilder()
@@ -29,7 +33,7 @@ def lowered(
     }
     with builder.function("main", [x, *given.values()]):
         with builder.dataflow():
-            kit = LinearKit(builder, target_named("cpu"))
+            kit = LinearKit(builder, target or target_named("cpu"))
             out = builder.emit_output(form.kernel(kit, spec, given, x))
         builder.emit_func_output(out)
     return builder.get()
@@ -66,7 +70,7 @@ def run_many(
 ) -> list[tuple[torch.Tensor, list[str]]]:
     """As `run`, for several inputs of one shape."""
     target, shape = target or target_named("cpu"), tuple(inputs[0].shape)
-    mod = lowered(form, spec, packed, shape)
+    mod = lowered(form, spec, packed, shape, target)
     rules = []
     for name, func in list(mod.functions_items()):
         if isinstance(func, tirx.PrimFunc):
