@@ -84,7 +84,8 @@ class Paper:
 class FormSpec:
     """All that fixes a form's function besides its parameters and tensors; JSON round trip.
 
-    `scale` multiplies q.k; `window` is (left, right) or None; `config` is the form's own.
+    `scale` multiplies q.k; `window` is (left, right) or None; `config` is the form's own;
+    `relative` is what is known of the mask's bias (passes/site.py).
     """
 
     form: str
@@ -92,6 +93,7 @@ class FormSpec:
     scale: float
     window: tuple[int, int] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    relative: tuple[int, ...] | None = None
 
     def dumps(self) -> str:
         """Canonical JSON text."""
@@ -101,8 +103,9 @@ class FormSpec:
     def loads(cls, text: str) -> FormSpec:
         """Inverse of `dumps`."""
         data = json.loads(text)
-        if data["window"] is not None:
-            data["window"] = tuple(data["window"])
+        for name in ("window", "relative"):
+            if data.get(name) is not None:
+                data[name] = tuple(data[name])
         return cls(**data)
 
 
@@ -152,9 +155,9 @@ class Form(ABC):
 
     def spec(self, site: AttentionSite) -> FormSpec:
         """The static facts of this form at `site`."""
-        return FormSpec(
-            self.name, site.mask.causal, site.scale, site.mask.window, self.config.to_json()
-        )
+        mask = site.mask
+        config = self.config.to_json()
+        return FormSpec(self.name, mask.causal, site.scale, mask.window, config, mask.relative)
 
     def init_params(self, site: AttentionSite) -> dict[str, torch.Tensor]:
         """Initial trainable parameters, by name, float32; {} for a form without any."""

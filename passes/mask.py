@@ -10,13 +10,14 @@ skipped. Anything else is a `bias`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from passes.evaluate import Evaluator, is_parameter, needed
+from passes.mask_relative import relative_bias
 from passes.mask_trials import Resize, other_size, trials
 from passes.ops import HIDDEN, has_tensor, hint, val
 from passes.site import Mask
@@ -47,15 +48,18 @@ def classify(
     evaluate: that one is `unknown`.
     """
     steps = needed([node], set())
-    if any(_trained(module, n) for n in steps):
-        return BIAS, "made from trained parameters"
     inputs = [n for n in steps if n.op == "placeholder"]
+    if any(_trained(module, n) for n in steps):
+        found = relative_bias(module, node, examples, inputs)
+        return replace(BIAS, relative=found), "made from trained parameters"
     if any(has_tensor(n) and val(n).is_floating_point() and val(n).ndim > 4 for n in inputs):
         return BIAS, "made from activations"
     try:
         mask = _at_size(module, node, frame, examples, inputs, None)
         resize = other_size(examples, steps)
-        if resize is None or mask.unknown or mask.bias:
+        if mask.bias:
+            return replace(mask, relative=relative_bias(module, node, examples, inputs)), ""
+        if resize is None or mask.unknown:
             return mask, ""
         return _agree(module, node, frame, examples, inputs, mask, resize)
     except Exception as error:

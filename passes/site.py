@@ -7,7 +7,7 @@ S key tokens, D head width of query and key, E head width of value.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -51,7 +51,9 @@ class Mask:
     `window` is (left, right): query i sees keys i-left .. i+right; None stands for no window.
     `bias` means the mask tensor is a general additive (or boolean) tensor that must be applied
     as it is (T5, Swin). `unknown` means the mask could not be understood; only the exact form
-    takes it, as a tensor.
+    takes it, as a tensor. `relative` tells what a bias is known to depend on, besides hidden keys:
+    (w,) on j - i alone, with one number on each side from a distance of w on; (h, w) on the
+    difference of the cells of a grid of h by w tokens. It is a finding, not a part of equality.
     """
 
     causal: bool = False
@@ -59,6 +61,7 @@ class Mask:
     window: tuple[int, int] | None = None
     bias: bool = False
     unknown: bool = False
+    relative: tuple[int, ...] | None = field(default=None, compare=False)
 
     @property
     def kind(self) -> str:
@@ -106,8 +109,9 @@ class AttentionSite:
         """Inverse of `to_json`."""
         fields = dict(data)
         facts = dict(fields.pop("mask_facts"))
-        if facts.get("window") is not None:
-            facts["window"] = tuple(facts["window"])
+        for name in ("window", "relative"):
+            if facts.get(name) is not None:
+                facts[name] = tuple(facts[name])
         fields["mask"], fields["dims"] = Mask(**facts), Dims(**fields["dims"])
         names = set(cls.__dataclass_fields__)
         return cls(**{k: v for k, v in fields.items() if k in names})
