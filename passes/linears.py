@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -195,20 +195,47 @@ def capture_inputs(
     most: int = 4096,
 ) -> dict[str, Tensor]:
     """Inputs [rows, K] of the layers `ids`, at most `most` rows each spread over the batches."""
-    wanted = {layer.node: layer.id for layer in find_linears(module) if layer.id in ids}
     share = max(1, most // max(1, len(batches)))
-    found: dict[str, list[Tensor]] = {i: [] for i in wanted.values()}
+    found: dict[str, list[Tensor]] = {i: [] for i in ids}
+
+    def keep(layer: str, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        step = max(1, -(-len(rows) // share))
+        found[layer].append(rows[::step].clone())
+
+    for batch in batches:
+        _watch(module, ids, batch, keep)
+    return {i: torch.cat(rows)[:most] for i, rows in found.items() if rows}
+
+
+@torch.no_grad()
+def count_rows(
+    module: GraphModule, ids: Sequence[str], batch: Mapping[str, Tensor]
+) -> dict[str, int]:
+    """How many rows the layers `ids` compute on `batch`: the product of their leading axes."""
+    found: dict[str, int] = {}
+
+    def keep(layer: str, x: Tensor) -> None:
+        found[layer] = x.numel() // x.shape[-1]
+
+    _watch(module, ids, batch, keep)
+    return found
+
+
+def _watch(
+    module: GraphModule,
+    ids: Sequence[str],
+    batch: Mapping[str, Tensor],
+    keep: Callable[[str, Tensor], None],
+) -> None:
+    """keep(layer id, its input) for the layers `ids` in one run on `batch`."""
+    wanted = {layer.node: layer.id for layer in find_linears(module) if layer.id in ids}
 
     class Watch(torch.fx.Interpreter):
         def run_node(self, n: Node) -> Any:
             if n.name in wanted:
-                x = self.env[input_of(n)]
-                rows = x.reshape(-1, x.shape[-1]).float()
-                step = max(1, -(-len(rows) // share))
-                found[wanted[n.name]].append(rows[::step].clone())
+                keep(wanted[n.name], self.env[input_of(n)])
             return super().run_node(n)
 
     names = [str(n.target) for n in module.graph.find_nodes(op="placeholder")]
-    for batch in batches:
-        Watch(module).run(*(batch[name] for name in names if name in batch))
-    return {i: torch.cat(rows)[:most] for i, rows in found.items() if rows}
+    Watch(module).run(*(batch[name] for name in names if name in batch))

@@ -79,8 +79,7 @@ class Balance:
         for layer, logits in self.logits.items():
             form = self.layers[layer].form
             assert isinstance(form, Moe)
-            slow, fast = form.config.latencies
-            parts.append(balance_loss(logits, (slow, fast)))
+            parts.append(balance_loss(logits, form.times(self.layers[layer].spec)))
         return torch.stack(parts).mean()
 
     def shares(self) -> dict[str, dict[str, float]]:

@@ -80,6 +80,7 @@ def rewrite(
     dynamic_shapes: Any = None,
     on_noop: str = "error",
     name: str | None = None,
+    target: str | Target = "cpu",
     progress: Progress | None = None,
 ) -> Result:
     """Substitute the attentions of `model` and return it with a report.
@@ -98,6 +99,7 @@ def rewrite(
         state_dir: where a killed fit goes on from.
         on_noop: "error" raises NothingRewritten when no site changes; "ok" goes on.
         name: what the report calls the model.
+        target: what the experts of `moe` layers are timed for.
 
     Raises:
         TraceError, NothingRewritten, UnmatchedRule, PlanError, FitError, UsageError.
@@ -122,7 +124,7 @@ def rewrite(
             progress=progress,
         )
     if more:
-        convert_result(result, linear, data, seconds=fit_seconds, progress=progress)
+        convert_result(result, linear, data, seconds=fit_seconds, target=target, progress=progress)
     return result
 
 
@@ -136,16 +138,18 @@ def convert_result(
     data: Sequence[Mapping[str, torch.Tensor]] | None = None,
     *,
     seconds: float = 0.0,
+    target: str | Target = "cpu",
     progress: Progress | None = None,
 ) -> None:
     """Convert linear layers of a `Result` in place; `seconds` of training where a form needs it.
 
-    After a fit of attention sites half of `seconds` is left for it.
+    After a fit of attention sites half of `seconds` is left for it. The experts of `moe` layers
+    are timed for `target`.
     """
     from passes.linear_form import linear_form_named
     from rewriter.linear_work import convert_linears, recover
 
-    convert_linears(result, linear, data)
+    convert_linears(result, linear, data, target=target)
     trained = any(
         linear_form_named(c.form, c.config).needs == "training"
         for c in result.plan.linears.values()
@@ -309,7 +313,9 @@ def compile(
     result = (
         model
         if isinstance(model, Result)
-        else _rewrite_for_compile(model, example_inputs, progress, rewrite_options)
+        else _rewrite_for_compile(
+            model, example_inputs, progress, {"target": target, **rewrite_options}
+        )
     )
     return build_artifact(
         result,

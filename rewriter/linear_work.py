@@ -18,10 +18,13 @@ from passes.site import SiteStatus
 if TYPE_CHECKING:
     import torch
 
+    from codegen.target import Target
     from passes.linear_form import LinearForm
+    from passes.linear_layers import LinearLayer
     from passes.moe_balance import Balance
     from passes.plan import Choice
     from rewriter.api import Result
+    from rewriter.moe_latency import Timer
 
 Batches = Sequence[Mapping[str, "torch.Tensor"]]
 Request = "str | LinearForm | Sequence[str] | Mapping[str, str | LinearForm]"
@@ -78,12 +81,23 @@ def _form(text: str) -> LinearForm:
 
 
 def convert_linears(
-    result: Result, linear: Any = None, data: Batches | None = None, *, strict: bool = True
+    result: Result,
+    linear: Any = None,
+    data: Batches | None = None,
+    *,
+    strict: bool = True,
+    target: str | Target = "cpu",
+    timer: Timer | None = None,
 ) -> None:
     """Put linear forms at the layers `linear` names (or the result's own plan does), in place.
 
-    `data` are model inputs that forms with calibration look at; without any, the example inputs.
-    With `strict` it is an error if no layer changes.
+    Args:
+        result: changed in place.
+        linear: a request (`linear_rules`).
+        data: model inputs that forms with calibration look at; without any, the example inputs.
+        strict: it is an error if no layer changes.
+        target: where the experts of two-expert layers are timed (rewriter/moe_latency.py).
+        timer: in place of the clock there.
 
     Raises:
         NothingRewritten, UnmatchedRule, FormError, UsageError.
@@ -97,6 +111,8 @@ def convert_linears(
     choices = plan_linears(layers, linear_rules(linear)) if asked else dict(result.plan.linears)
     if asked and strict and not _changed(choices):
         raise NothingRewritten(_why_none(choices))
+    if asked:
+        choices = _timed(result, choices, layers, target, timer)
     needy = [
         i for i in _changed(choices)
         if linear_form_named(choices[i].form, choices[i].config).needs == "calibration"
@@ -111,6 +127,27 @@ def convert_linears(
         result.report = result.report.with_notes(
             "Linear layers were calibrated on the example inputs alone; give real data."
         )
+
+
+def _timed(
+    result: Result,
+    choices: dict[str, Choice],
+    layers: Sequence[LinearLayer],
+    target: str | Target,
+    timer: Timer | None,
+) -> dict[str, Choice]:
+    """`choices` with the latencies of two-expert layers, which the report then holds."""
+    from passes.linears import count_rows
+    from rewriter.moe_latency import with_latencies
+
+    def rows(ids: list[str]) -> dict[str, int]:
+        return count_rows(result.rewritten.module, ids, _example(result))
+
+    made, times = with_latencies(
+        choices, {layer.id: layer for layer in layers}, rows, target=target, timer=timer
+    )
+    result.report = result.report.with_notes(*(t.sentence() for t in times))
+    return made
 
 
 def _changed(choices: Mapping[str, Choice]) -> list[str]:

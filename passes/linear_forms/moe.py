@@ -29,23 +29,37 @@ EXPERTS = ("multiply", "shift")
 
 @dataclass(frozen=True)
 class MoeConfig(FormConfig):
-    """bits of the shift expert, 3 to 5; latencies of the experts (multiply, shift), in any unit;
-    gate "through" or "value"."""
+    """bits of the shift expert, 3 to 5; latencies of the experts (multiply, shift) in any unit, as
+    two numbers or "6/4" (published), none: measured or counted when the layer is made; source:
+    where they are from; gate "through" or "value"."""
 
     bits: int = 4
-    latencies: Sequence[float] = (6.0, 4.0)
+    latencies: Sequence[float] | str | None = None
+    source: str = ""
     gate: str = "through"
 
     def __post_init__(self) -> None:
         Shift({"bits": self.bits})
-        times = self.latencies
-        if not isinstance(times, (list, tuple)) or len(times) != 2:
-            raise UsageError(f"latencies: two numbers (multiply, shift), got {times!r}")
-        if not all(isinstance(t, (int, float)) and 0 < t < float("inf") for t in times):
-            raise UsageError(f"latencies: must be positive numbers, got {times!r}")
+        if self.latencies is not None:
+            object.__setattr__(self, "latencies", _two(self.latencies))
+        if not isinstance(self.source, str):
+            raise UsageError(f"source: must be text, got {self.source!r}")
         if self.gate not in ("through", "value"):
             raise UsageError(f"gate: must be through or value, got {self.gate!r}")
-        object.__setattr__(self, "latencies", [float(t) for t in times])
+
+
+def _two(given: Any) -> list[float]:
+    """Two positive numbers; `UsageError` for anything else."""
+    times = given.split("/") if isinstance(given, str) else given
+    if not isinstance(times, (list, tuple)) or len(times) != 2:
+        raise UsageError(f"latencies: two numbers (multiply, shift) or 'A/B', got {given!r}")
+    try:
+        made = [float(t) for t in times]
+    except (TypeError, ValueError):
+        made = []
+    if not made or not all(0 < t < float("inf") for t in made):
+        raise UsageError(f"latencies: must be positive numbers, got {given!r}")
+    return made
 
 
 class Moe(LinearForm):
@@ -149,14 +163,29 @@ class Moe(LinearForm):
             x, **named, bias=packed.get("bias"), codes=self.shift.codes, gate=gate
         )
 
+    def times(self, spec: LinearSpec, rows: int = 64) -> tuple[float, float]:
+        """The experts' latencies (multiply, shift) that balance the layer.
+
+        Those of the options; without any the operations of each expert on `rows` tokens.
+        """
+        known = self.config.latencies
+        if known is not None:
+            return float(known[0]), float(known[1])
+        shift = self.shift.ops(spec, rows).total()
+        return float(self._products(spec, rows).total()), float(shift)
+
+    @staticmethod
+    def _products(spec: LinearSpec, rows: int) -> OpCount:
+        """The multiply expert's operations."""
+        products = rows * spec.inputs * spec.outputs
+        return OpCount.of(mul=products, add=products + (rows * spec.outputs if spec.bias else 0))
+
     def ops(self, spec: LinearSpec, rows: int) -> OpCount:
         """As a balanced mixture of two kernels would: tokens in inverse ratio of the latencies."""
-        slow, fast = self.config.latencies
+        slow, fast = self.times(spec)
         first = round(rows * fast / (slow + fast))
-        products = first * spec.inputs * spec.outputs
         router = OpCount.of(
             mul=2 * rows * spec.inputs, add=2 * rows * spec.inputs, exp=2 * rows, max=rows
         )
-        bias = first * spec.outputs if spec.bias else 0
         rest = self.shift.ops(spec, rows - first) if rows > first else OpCount()
-        return router + OpCount.of(mul=products, add=products + bias) + rest
+        return router + self._products(spec, first) + rest

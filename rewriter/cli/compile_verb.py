@@ -112,11 +112,19 @@ def verb(
             max_drop=max_drop,
             state=_state(output) if fit else None,
             linear=linear,
+            target=made_for,
         )
     else:
         default = None if any_plan(form, plan, rule) or linear else "exact"
         result = rewrite_model(
-            loaded, form or default, plan, rule, setting, allow_none=allow_none, linear=linear
+            loaded,
+            form or default,
+            plan,
+            rule,
+            setting,
+            allow_none=allow_none,
+            linear=linear,
+            target=made_for,
         )
     with progress_bar("compile") as progress:
         artifact = compile_result(

@@ -13,6 +13,7 @@ from rewriter.cli.options import parse_config, parse_rules
 from rewriter.cli.output import errors
 
 if TYPE_CHECKING:
+    from codegen.target import Target
     from passes.form import Form
     from rewriter.api import Result
     from rewriter.energy import EnergyReport
@@ -48,6 +49,7 @@ def rewrite_model(
     *,
     allow_none: bool,
     linear: Names = None,
+    target: str | Target = "cpu",
 ) -> Result:
     """Rewrite without fitting; fidelity will be measured on real text where there is any."""
     from rewriter.api import rewrite
@@ -63,6 +65,7 @@ def rewrite_model(
         held_out=few_held_out(loaded),
         on_noop="ok" if allow_none else "error",
         name=loaded.name,
+        target=target,
     )
 
 
@@ -78,6 +81,7 @@ def fit_model(
     max_drop: float | None,
     state: Path | None,
     linear: Names = None,
+    target: str | Target = "cpu",
 ) -> Result:
     """Rewrite and fit, with a progress bar on stderr; Ctrl-C keeps the state."""
     from passes.plan import Plan
@@ -112,7 +116,14 @@ def fit_model(
                     result, share, fit_on, max_drop=max_drop, state_dir=state, progress=progress
                 )
             if more:
-                convert_result(result, linear or None, fit_on, seconds=seconds, progress=progress)
+                convert_result(
+                    result,
+                    linear or None,
+                    fit_on,
+                    seconds=seconds,
+                    target=target,
+                    progress=progress,
+                )
         except KeyboardInterrupt as stop:
             kept = f"The fit is kept in {state}; the same command goes on from there."
             raise KeyboardInterrupt(kept if state is not None else "") from stop
@@ -192,6 +203,7 @@ def energy_of(
     rules: Names,
     settings: Names,
     model: str,
+    linear: Names = None,
 ) -> EnergyReport:
     """The energy of a model as it is and, where a plan is given, rewritten."""
     from passes.plan import Plan
@@ -203,4 +215,4 @@ def energy_of(
     planned = Plan({})
     if any_plan(form, plan, rules):
         planned = make_plan(found, form=chosen, plan=plan, rules=parse_rules(rules))
-    return energy_report(traced, planned, name=loaded.name, model=model)
+    return energy_report(traced, planned, name=loaded.name, model=model, linear=linear)
