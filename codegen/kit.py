@@ -21,6 +21,7 @@ from codegen.kit_decode import DecodeKernels
 from codegen.kit_hash import HashKernels
 from codegen.kit_landmarks import LandmarkKernels
 from codegen.kit_maps import MapKernels
+from codegen.kit_relative import RelativeKernels
 from codegen.kit_rows import RowKernels
 from codegen.producers import Features, features_of_both
 from codegen.strides import view_of
@@ -30,7 +31,7 @@ from passes.errors import LoweringError
 _DTYPES = ("float32", "float16")
 
 
-class Kit(HashKernels, MapKernels, DecodeKernels, RowKernels, LandmarkKernels):
+class Kit(HashKernels, MapKernels, DecodeKernels, RowKernels, LandmarkKernels, RelativeKernels):
     """Kernels at hand, written into `builder` for `target`."""
 
     def __init__(self, builder: Any, target: Target) -> None:

@@ -1,11 +1,13 @@
 """Definition of attentions that change whole rows of weights; counted, never run as it is.
 
-Softmax attention (codegen/kernels/attention.py) with one of four changes:
+Softmax attention (codegen/kernels/attention.py) with one of five changes:
 
 - ``clip``: weights p become clip((zeta - gamma) p + gamma, 0, 1), gamma <= 0; no division after.
 - ``mix``: each key is `parts` keys side by side, k [B, G, S, parts D]; their weights add up.
 - ``top``: only the `best` largest logits of a row (of equal ones the first) keep their weight; with
   `rest` the others keep their weight in the sum, and the plain mean of their values.
+- ``product``: the products q.k times the bias are the weights, without exponentials; they are not
+  negative.
 - ``sum``: exponentials of logits (none above 0) times values, without a maximum or a division.
 
 Letters as in passes/site.py. The schedule is codegen/schedules/row_attention.py.
@@ -96,6 +98,7 @@ class _Rows:
         """All rows."""
         if self.change.kind == "top" and self.change.rest:
             self._prefix()
+        self.hidden = 0.0 if self.change.kind == "product" else float("-inf")
         with T.grid(self.B, self.H, self.T) as (b, h, i):
             self._scores(b, h, i)
             getattr(self, f"_{self.change.kind}")(b, h, i)
@@ -140,13 +143,15 @@ class _Rows:
                 value = broadcast(_Read(self.bias), (b, h, i, j))
                 if facts.bias == "hide":
                     masks.append(value)
+                elif self.change.kind == "product":
+                    score = score * value
                 else:
                     score = score + tirx.Cast("float32", value)
             seen = facts.seen(i, j, offset, masks)
             if seen is not None:
-                score = tirx.Select(seen, score, f32(float("-inf")))
+                score = tirx.Select(seen, score, f32(self.hidden))
             T.buffer_store(self.logits, score, [at])
-            if self.change.kind != "sum":
+            if self.change.kind not in ("sum", "product"):
                 T.buffer_store(self.peak, tirx.max(self.peak[0], self.logits[at]), [0])
 
     def _powers(self) -> None:
@@ -168,6 +173,15 @@ class _Rows:
         self._values(b, h)
         with T.serial(0, self.E) as e:
             store(self.out, [b, h, i, e], self.sums[e])
+
+    def _product(self, b: Any, h: Any, i: Any) -> None:
+        T.buffer_store(self.total, f32(0.0), [0])
+        with T.serial(0, self.S) as j:
+            T.buffer_store(self.total, self.total[0] + self.logits[j], [0])
+        T.buffer_store(self.total, tirx.max(self.total[0], f32(TINY)), [0])
+        self._values(b, h)
+        with T.serial(0, self.E) as e:
+            store(self.out, [b, h, i, e], self.sums[e] / self.total[0])
 
     def _values(self, b: Any, h: Any) -> None:
         with T.serial(0, self.E) as e:

@@ -71,6 +71,24 @@ class _Sum(_Whole):
         T.buffer_store(self.sum, f32(1.0), [row, 0])
 
 
+class _Product(_Whole):
+    """Products of features times factors, as they are."""
+
+    def _masked(self, b: Any, h: Any, i: Any, j: Any, score: Any) -> Any:
+        at = (b, h, imin(i, self.T - 1), imin(j, self.S - 1) if self.ragged else j)
+        weight = score * broadcast(_Call(self.bias), at)
+        if self.limit is None:
+            return weight
+        most = broadcast(_Call(self.limit), (b, j))  # infinite, below 0 for a hidden key
+        return tirx.Select(most < f32(0.0), f32(0.0), weight)
+
+    def _softmax(self, row: Any, number: Any, block: _Block) -> None:
+        total = reduce_row(
+            self._length(number), self.width, lambda j: self.sc[row, j], lambda a, b: a + b, 0.0
+        )
+        T.buffer_store(self.sum, total, [row, 0])
+
+
 class _Mix(_Whole):
     """Several keys at each key's place."""
 
@@ -282,7 +300,13 @@ def _bits(x: Any) -> Any:
     return tirx.reinterpret("int32", x)
 
 
-_KERNELS: dict[str, type[_Whole]] = {"clip": _Clip, "mix": _Mix, "sum": _Sum, "top": _Top}
+_KERNELS: dict[str, type[_Whole]] = {
+    "clip": _Clip,
+    "mix": _Mix,
+    "product": _Product,
+    "sum": _Sum,
+    "top": _Top,
+}
 
 
 def apply(func: Any, target: Target) -> Any | None:
