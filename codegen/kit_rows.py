@@ -93,6 +93,33 @@ class RowKernels:
 
         return self._row_map(define, [x, q], "gate", [w, b], last=True, gain=float(gain))
 
+    def one_query(self, w: Any, batch: int) -> Any:
+        """One query a head, the same in every sample: w [H, D] -> [batch, H, 1, D]."""
+        (w,) = self._data(w=w)
+        heads, width = _sizes(w)
+        rows = self.builder.emit(relax.op.reshape(w, (1, heads, 1, width)))
+        return self.builder.emit(relax.op.broadcast_to(rows, (batch, heads, 1, width)))
+
+    def without_last(self, x: Any) -> tuple[Any, Any]:
+        """(all channels but the last, the last) of x [B, H, T, D + 1]."""
+        (x,) = self._data(x=x)
+        width = _sizes(x)[3]
+        cuts = ((0, width - 1), (width - 1, width))
+        first, last = (self.builder.emit(relax.op.strided_slice(x, [3], [a], [b])) for a, b in cuts)
+        return first, last
+
+    def scale_channels(self, x: Any, g: Any, key_mask: Any = None) -> Any:
+        """x [B, G, S, E] times g [B, H, 1, E] channel by channel: [B, H, S, E]; 0 where hidden."""
+        x, g = self._data(x=x, g=g)
+        rest = [g] if key_mask is None else [g, self.builder.normalize(key_mask)]
+        return self._row_map(row_maps.scale_channels, [x], "scale_channels", rest)
+
+    def add_rows(self, x: Any, q: Any, share: Any = None) -> Any:
+        """x + q, or x + q share: x, q [B, H, T, E], share [B, H, 1, 1]. The end of an attention."""
+        x, q = self._data(x=x, q=q)
+        rest = [] if share is None else self._data(share=share)
+        return self._row_map(row_maps.add_rows, [x, q], "add_rows", rest, last=True)
+
     def extend(self, x: Any, factor: float, *, one: bool) -> Any:
         """[x, factor |x|^2] and, with `one`, a 1 behind it: x [B, H, T, D]."""
         (x,) = self._data(x=x)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm import te, tirx
 
-from codegen.kernels.attention import arranged, wide
+from codegen.kernels.attention import arranged, broadcast, wide
 from codegen.kernels.vector_math import f32
 
 
@@ -41,6 +41,37 @@ def gate(gain: float, x: Any, q: Any, w: Any, b: Any, *, tokens_first: bool = Fa
         "rmap_gated",
         tokens_first,
     )
+
+
+def scale_channels(x: Any, g: Any, *mask: Any) -> Any:
+    """x [B, G, S, E] times g [B, H, 1, E]: [B, H, S, E], 0 where mask [B or 1, S] hides."""
+    b_, h_, _, e_ = (int(n) for n in g.shape)
+    tokens, group = int(x.shape[2]), h_ // int(x.shape[1])
+    value, factor, dtype = _read(x), _read(g), str(x.dtype)
+
+    def one(b: Any, h: Any, i: Any, e: Any) -> Any:
+        product = value(b, h // group, i, e) * factor(b, h, 0, e)
+        if mask:
+            product = tirx.Select(broadcast(mask[0], (b, i)), product, f32(0.0))
+        return product.astype(dtype)
+
+    return te.compute((b_, h_, tokens, e_), one, name="rmap_channels")
+
+
+def add_rows(x: Any, q: Any, *share: Any, tokens_first: bool = False) -> Any:
+    """x + q, or x + q share with share [B, H, 1, 1]: x, q [B, H, T, E].
+
+    The result is [B, T, H * E] with `tokens_first`.
+    """
+    value, other, dtype = _read(x), _read(q), str(x.dtype)
+
+    def one(b: Any, h: Any, i: Any, e: Any) -> Any:
+        added = other(b, h, i, e)
+        if share:
+            added = added * _read(share[0])(b, h, 0, 0)
+        return (value(b, h, i, e) + added).astype(dtype)
+
+    return arranged(tuple(int(n) for n in x.shape), one, "rmap_added", tokens_first)
 
 
 def ratio(least: float, x: Any, last: Any, *, tokens_first: bool = False) -> Any:

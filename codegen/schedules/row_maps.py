@@ -42,6 +42,30 @@ def _gate(facts: dict[str, Any], lanes: int, at: At, *tensors: Any) -> None:
     )  # fmt: skip
 
 
+def _scale_channels(facts: dict[str, Any], lanes: int, at: At, *tensors: Any) -> None:
+    x, g, *mask, out = tensors
+    (b, h, i), group = at, int(g.shape[1]) // int(x.shape[1])
+
+    def put(e: Any) -> None:
+        value = load(x, b, h // group, i, e) * load(g, b, h, 0, e)
+        if mask:
+            row = 0 if int(mask[0].shape[0]) == 1 else b
+            value = tirx.Select(mask[0][row, i], value, f32(0.0))
+        store(out, [*at, e], value)
+
+    vectors(int(g.shape[3]), lanes, put)
+
+
+def _add_rows(facts: dict[str, Any], lanes: int, at: At, *tensors: Any) -> None:
+    x, q, *share, out = tensors
+    factor = _one(load(share[0], at[0], at[1], 0, 0)) if share else f32(1.0)
+    vectors(
+        int(q.shape[3]),
+        lanes,
+        lambda e: store(out, [*at, e], load(x, *at, e) + load(q, *at, e) * factor),
+    )
+
+
 def _ratio(facts: dict[str, Any], lanes: int, at: At, x: Any, last: Any, out: Any) -> None:
     below = tirx.max(load(last, *at, 0), load(last, *at, 1))
     factor = _one(f32(1.0) / at_least(below, facts["least"]))
@@ -84,6 +108,8 @@ def _mixture(facts: dict[str, Any], lanes: int, at: At, *tensors: Any) -> None:
 
 _WRITERS: dict[str, Callable[..., None]] = {
     "gate": _gate,
+    "scale_channels": _scale_channels,
+    "add_rows": _add_rows,
     "extend": _extend,
     "ratio": _ratio,
     "mixture": _mixture,
