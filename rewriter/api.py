@@ -147,7 +147,8 @@ def convert_result(
     are timed for `target`.
     """
     from passes.linear_form import linear_form_named
-    from rewriter.linear_work import convert_linears, recover
+    from rewriter.linear_train import recover
+    from rewriter.linear_work import convert_linears
 
     convert_linears(result, linear, data, target=target)
     trained = any(

@@ -1,4 +1,4 @@
-"""Linear layers of a rewritten model: read what the user asked for, convert, recover by training.
+"""Linear layers of a rewritten model: read what the user asked for, and convert.
 
 A request is ``form[:option=value...][,pattern...]`` ("shift", "shift:bits=5,encoder.*"), a linear
 form, or a mapping from patterns over layer ids (module paths) to forms; the first match wins.
@@ -6,10 +6,9 @@ form, or a mapping from patterns over layer ids (module paths) to forms; the fir
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import NothingRewritten, UsageError
@@ -21,15 +20,12 @@ if TYPE_CHECKING:
     from codegen.target import Target
     from passes.linear_form import LinearForm
     from passes.linear_layers import LinearLayer
-    from passes.moe_balance import Balance
     from passes.plan import Choice
     from rewriter.api import Result
     from rewriter.moe_latency import Timer
 
 Batches = Sequence[Mapping[str, "torch.Tensor"]]
 Request = "str | LinearForm | Sequence[str] | Mapping[str, str | LinearForm]"
-_RATE = 2e-4
-_BALANCE = 0.01  # weight of the loss that balances experts by latency
 
 
 def linear_rules(linear: Any) -> dict[str, LinearForm]:
@@ -105,6 +101,7 @@ def convert_linears(
     from passes.linear_form import linear_form_named
     from passes.linear_layers import find_linears
     from passes.linears import capture_inputs, plan_linears, put_linears
+    from rewriter.moe_routing import tell_routing
 
     layers = find_linears(result.rewritten.module)
     asked = linear is not None
@@ -123,6 +120,7 @@ def convert_linears(
     put_linears(result.rewritten, choices, captured)
     result.plan = result.rewritten.plan
     result.report = result.report.with_notes(told(choices))
+    tell_routing(result, [_example(result)])
     if needy and not data:
         result.report = result.report.with_notes(
             "Linear layers were calibrated on the example inputs alone; give real data."
@@ -146,7 +144,9 @@ def _timed(
     made, times = with_latencies(
         choices, {layer.id: layer for layer in layers}, rows, target=target, timer=timer
     )
-    result.report = result.report.with_notes(*(t.sentence() for t in times))
+    result.report = result.report.with_notes(*(t.sentence() for t in times)).with_experts(
+        times=[t.to_json() for t in times]
+    )
     return made
 
 
@@ -179,60 +179,3 @@ def told(choices: Mapping[str, Choice]) -> str:
     refused = [f"{i} ({c.why})" for i, c in choices.items() if c.status is SiteStatus.REFUSED]
     parts = ", ".join(f"{n} {name}" for name, n in counts.items())
     return f"Linear layers: {parts}." + (f" Refused: {'; '.join(refused)}." if refused else "")
-
-
-def recover(
-    result: Result,
-    data: Batches,
-    *,
-    seconds: float,
-    progress: Callable[..., None] | None = None,
-) -> None:
-    """Train the rewritten model towards the original's outputs, without labels, in place.
-
-    The forms' rounding passes gradients through; the best state on batches set aside is kept.
-    """
-    import torch
-
-    from rewriter.calibration import input_names
-    from rewriter.fine_tune import Rates, fine_tune
-    from rewriter.fit_loss import floating, masked_error
-
-    watched = _balance(result.rewritten.module)
-    original, names = result.traced.module, set(input_names(result.traced))
-
-    def loss(outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        with torch.no_grad():
-            wanted = floating(original(**{n: v for n, v in batch.items() if n in names}))
-        pairs = zip(floating(outputs), wanted, strict=True)
-        total = torch.stack([masked_error(got, want, batch) for got, want in pairs]).sum()
-        return total if watched is None else total + _BALANCE * watched.loss()
-
-    with watched or contextlib.nullcontext():
-        done = fine_tune(
-            result.rewritten,
-            data,
-            loss,
-            seconds=seconds,
-            rates=Rates(forms=_RATE, weights=_RATE),
-            progress=progress,
-        )
-    if watched is not None:
-        shares = [s["shift"] for s in watched.shares().values()]
-        result.report = result.report.with_notes(
-            f"Two-expert layers send {sum(shares) / len(shares):.0%} of the tokens to shift."
-        )
-    result.report = result.report.with_notes(
-        f"Linear layers trained towards the original without labels: relative squared error "
-        f"{done.loss_before:.4g} -> {done.loss_after:.4g} in {done.steps} steps."
-    )
-
-
-def _balance(module: torch.nn.Module) -> Balance | None:
-    """What balances two-expert layers while the model trains; None if it has none."""
-    from passes.linear_forms.moe import Moe
-    from passes.linears import linear_modules
-    from passes.moe_balance import Balance
-
-    mixed = any(isinstance(m.form, Moe) for m in linear_modules(module).values())
-    return Balance(module) if mixed else None

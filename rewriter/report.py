@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 DISTRIBUTIONS = ("attention-rewriter", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")
 _PLAIN = ("fidelity", "compiled", "fit", "target", "timings", "artifact", "graph", "versions",
-          "sizes")  # fmt: skip
+          "sizes", "experts")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class RewriteReport:
 
     `fidelity` is rewritten against original, `compiled` compiled against rewritten (ErrorStats),
     `timings` a BenchResult, `graph` the picture data of one block: all as plain data, None or
-    empty where it was not measured. `sizes` are the example's values of dynamic dimensions.
+    empty where it was not measured. `sizes` are the example's values of dynamic dimensions,
+    `experts` the times, routing and training of two-expert layers (rewriter/moe_routing.py).
     """
 
     model: str
@@ -54,6 +55,7 @@ class RewriteReport:
     graph: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
+    experts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -141,6 +143,11 @@ class RewriteReport:
             for r in self.sites
         )
         return replace(self, sites=rows)
+
+    def with_experts(self, **facts: list[dict[str, Any]]) -> RewriteReport:
+        """Add `times`, `routing` or `training` of two-expert layers; empty lists add nothing."""
+        found = {name: rows for name, rows in facts.items() if rows}
+        return replace(self, experts={**self.experts, **found})
 
     def with_notes(self, *notes: str) -> RewriteReport:
         """Add sentences the reader must know."""

@@ -122,14 +122,6 @@ def test_a_model_trains_with_both_losses_and_is_compiled(tmp_path: Path) -> None
     assert rules["two_experts"] == "dispatch"
 
 
-def test_a_fit_trains_the_routers_too() -> None:
-    data = [{"x": torch.randn(4, 6, 16)} for _ in range(8)]
-    result = rewriter.rewrite(
-        Net().eval(), (torch.randn(4, 6, 16),), linear="moe", fit_seconds=2.0, data=data
-    )
-    assert any("of the tokens to shift" in note for note in result.report.notes)
-
-
 def test_wrong_use_is_refused() -> None:
     wrong: list[dict[str, Any]] = [
         {"bits": 9}, {"latencies": [1]}, {"latencies": (0, 1)}, {"latencies": "x"}, {"gate": 1},
