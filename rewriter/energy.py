@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from passes.plan import Plan
     from passes.substitute import Rewritten
     from passes.traced import Traced
+    from rewriter.energy_count import Linears
 
 KINDS = ("mul", "add", "shift", "popcount")
 MODELS = ("count", "eyeriss", "eyeriss-released")
@@ -30,7 +31,7 @@ PICOJOULES = 1e9  # in a millijoule
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations charged and their energy in millijoules.
+    """Operations charged and their energy in millijoules; bytes of linear layers' weights.
 
     The accelerator model adds the energy of arithmetic alone and a simulated time.
     """
@@ -39,12 +40,15 @@ class Cost:
     energy_mj: float
     arithmetic_mj: float | None = None
     latency_ms: float | None = None
+    weight_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """{"mul": n, "add": n, "shift": n, "popcount": n, "energy_mj": x}, and the model's more."""
+        """{"mul": n, "add": n, "shift": n, "popcount": n, "energy_mj": x, "weight_bytes": n}, and
+        the model's more."""
         data: dict[str, Any] = {
             **{kind: self.ops.total(kind) for kind in KINDS},
             "energy_mj": self.energy_mj,
+            "weight_bytes": self.weight_bytes,
         }
         if self.latency_ms is not None:
             data |= {"arithmetic_mj": self.arithmetic_mj, "latency_ms": self.latency_ms}
@@ -56,6 +60,7 @@ class Cost:
             self.energy_mj + other.energy_mj,
             _both(self.arithmetic_mj, other.arithmetic_mj),
             _both(self.latency_ms, other.latency_ms),
+            self.weight_bytes + other.weight_bytes,
         )
 
 
@@ -109,6 +114,9 @@ class EnergyReport:
         if a != b:
             more = "less" if self.saved > 0 else "more"
             text += f", {_words(b)} after: {abs(self.saved):.1%} {more} energy"
+        if a.weight_bytes != b.weight_bytes:
+            held = [f"{cost.weight_bytes / 1e6:.3g}" for cost in (a, b)]
+            text += f", weights of linear layers {held[0]} -> {held[1]} MB"
         return f"{text}. An estimate from counted operations, not a measurement."
 
     def to_json(self) -> dict[str, Any]:
@@ -138,32 +146,42 @@ def price(ops: OpCount, table: EnergyTable = HOROWITZ_45NM) -> Cost:
 
 
 def energy_report(
-    traced: Traced, plan: Plan, *, name: str = "model", model: str = "count"
+    traced: Traced,
+    plan: Plan,
+    *,
+    name: str = "model",
+    model: str = "count",
+    linear: Any = None,
 ) -> EnergyReport:
     """Energy of the traced model as it is and with `plan`'s forms, for its example inputs.
 
     Args:
         traced: a canonical graph traced with static shapes.
-        plan: what each site gets; nothing is fitted and no weight is read.
+        plan: what each site and linear layer gets; nothing is fitted and no weight is read.
         name: what the report calls the model.
         model: the energy model, one of `MODELS`.
+        linear: what linear layers become, as in `rewrite`; by default what the plan says.
 
     Raises:
         UnknownName: no such energy model.
         UsageError: the model has a dynamic size.
-        FormError, PlanError: as `substitute`.
+        UnmatchedRule, FormError, PlanError: as `substitute` and `plan_linears`.
     """
     from passes.find import find
     from passes.plan import Plan
     from passes.substitute import substitute
+    from rewriter.energy_linears import choices_of, coded_layers
+    from rewriter.linear_work import told
 
     if model not in MODELS:
         raise UnknownName("energy model", model, MODELS)
     sites = find(traced).sites
     before = substitute(traced, sites, Plan({}))
     after = substitute(traced, sites, plan)
-    report = compare(before, after, name, model)
-    return replace(report, notes=(*left_as_they_are(plan), *report.notes))
+    choices = choices_of(after.module, linear, plan.linears)
+    report = compare(before, after, name, model, coded_layers(after.module, choices))
+    more = [told(choices)] if choices else []
+    return replace(report, notes=(*left_as_they_are(plan), *more, *report.notes))
 
 
 def left_as_they_are(plan: Plan) -> list[str]:
@@ -182,10 +200,16 @@ def left_as_they_are(plan: Plan) -> list[str]:
     return [f"{n} of {len(plan.choices)} sites keep their softmax ({w})" for w, n in counts.items()]
 
 
-def compare(before: Rewritten, after: Rewritten, name: str, model: str = "count") -> EnergyReport:
-    """Both models by one energy model, layer by layer."""
+def compare(
+    before: Rewritten,
+    after: Rewritten,
+    name: str,
+    model: str = "count",
+    linears: Linears | None = None,
+) -> EnergyReport:
+    """Both models by one energy model, layer by layer; `linears` are the coded ones of `after`."""
     try:
-        old, new = (_costs(r.module, model) for r in (before, after))
+        old, new = _costs(before.module, model), _costs(after.module, model, linears)
     except ValueError as error:
         raise UsageError(f"energy model {model}: {error}") from error
     rows = []
@@ -195,38 +219,44 @@ def compare(before: Rewritten, after: Rewritten, name: str, model: str = "count"
         rows.append(LayerCost(*key, pair[0], pair[1], form))
     zero = Cost(OpCount(), 0.0) if model == "count" else Cost(OpCount(), 0.0, 0.0, 0.0)
     was, now = (sum((cost for cost, _ in side.values()), zero) for side in (old, new))
-    rest, notes = _left_out(after, model)
+    rest, notes = _left_out(after, model, linears)
     return EnergyReport(name, model, _SOURCES[model], was, now, tuple(rows), rest, notes)
 
 
-def _costs(module: GraphModule, model: str) -> dict[tuple[str, str], tuple[Cost, str]]:
+def _costs(
+    module: GraphModule, model: str, linears: Linears | None = None
+) -> dict[tuple[str, str], tuple[Cost, str]]:
     """{(layer, kind): (cost, form)}."""
     from rewriter.energy_count import count_layers
     from rewriter.energy_nests import model_layers
 
     if model == "count":
-        return {(x.name, x.kind): (price(x.ops), x.form) for x in count_layers(module)}
+        return {
+            (x.name, x.kind): (replace(price(x.ops), weight_bytes=x.weights), x.form)
+            for x in count_layers(module, linears)
+        }
     return {
         (m.layer.name, m.layer.kind): (
-            Cost(m.ops, m.cost.energy_mj, m.cost.arithmetic_mj, m.cost.latency_ms),
+            Cost(m.ops, m.cost.energy_mj, m.cost.arithmetic_mj, m.cost.latency_ms, m.layer.weights),
             m.layer.form,
         )
-        for m in model_layers(module, released=model == "eyeriss-released")
+        for m in model_layers(module, linears, released=model == "eyeriss-released")
     }
 
 
-def _left_out(after: Rewritten, model: str) -> tuple[dict[str, int], tuple[str, ...]]:
+def _left_out(
+    after: Rewritten, model: str, linears: Linears | None
+) -> tuple[dict[str, int], tuple[str, ...]]:
     """(operations without a price, what the reader must know)."""
     from rewriter.energy_count import count_layers
     from rewriter.energy_nests import model_layers
 
     if model == "count":
-        ops = sum((x.ops for x in count_layers(after.module)), OpCount())
+        ops = sum((x.ops for x in count_layers(after.module, linears)), OpCount())
         priced = HOROWITZ_45NM.picojoules
         return {f"{op}:{t}": n for op, t, n in ops if (op, t) not in priced}, ()
-    bare = {m.layer.form for m in model_layers(after.module) if not m.exact}
-    told = f"no data movement is modelled for the form {', '.join(sorted(bare))}"
-    return {}, (told,) if bare else ()
+    told = dict.fromkeys(m.told for m in model_layers(after.module, linears) if m.told)
+    return {}, tuple(told)
 
 
 _ACCELERATOR = (

@@ -8,6 +8,7 @@ a multiply-accumulate as one multiplication and one addition:
     norm           twice its elements (once without weights)
     softmax attention   2 products, and one multiplication for the scale of each weight
     other attention     as its form says (`Form.counted`)
+    coded linear   as rewriter/energy_linears.py says
 
 Everything else (softmax, activations, residual sums, pooling, embeddings) is free. One rule more
 comes from its tables: in a network with spatially reduced attention the scale is not charged.
@@ -17,8 +18,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -28,6 +29,7 @@ from passes.opcount import OpCount
 from passes.ops import arg, op_of, sizes, source, submodule_of
 from passes.origin import module_path
 from passes.substitute import AttentionModule
+from rewriter.energy_linears import Coded, counted, packed_bytes, plain_bytes
 
 LINEAR, CONV, NORM, PRODUCT, ATTENTION = (
     "linear", "conv", "norm", "product", "attention",
@@ -41,25 +43,30 @@ _PRODUCTS = frozenset({"matmul", "bmm", "mm", "baddbmm"})
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer that is charged. `name` is its module's path; `form` the attention's, else ""."""
+    """One layer that is charged. `name` is its module's path; `form` what stands at an attention
+    or a coded linear layer, else ""; `weights` the bytes of a linear layer's weight and bias."""
 
     name: str
     kind: str
     ops: OpCount
     form: str = ""
+    weights: int = 0
 
 
-def count_layers(module: GraphModule) -> list[Layer]:
+Linears = Mapping[str, Coded]  # by the names of their nodes
+
+
+def count_layers(module: GraphModule, linears: Linears | None = None) -> list[Layer]:
     """The charged layers of a rewritten model's graph, in its order, for its example inputs.
 
     Raises:
         ValueError: an attention with a dynamic size (trace with static shapes to count).
     """
-    return [layer for layer, _ in charged(module)]
+    return [layer for layer, _ in charged(module, linears)]
 
 
-def charged(module: GraphModule) -> Iterator[tuple[Layer, Node]]:
-    """The charged layers with their nodes."""
+def charged(module: GraphModule, linears: Linears | None = None) -> Iterator[tuple[Layer, Node]]:
+    """The charged layers with their nodes; `linears` are counted as the forms that stand there."""
     scaled = not any(m.site.reduced and isinstance(m.form, Exact) for _, m in _attentions(module))
     seen: Counter[tuple[str, str]] = Counter()
     for node in module.graph.nodes:
@@ -68,8 +75,20 @@ def charged(module: GraphModule) -> Iterator[tuple[Layer, Node]]:
             continue
         times = seen[layer.name, layer.kind]
         seen[layer.name, layer.kind] += 1
-        name = f"{layer.name}#{times}" if times else layer.name
-        yield Layer(name, layer.kind, layer.ops, layer.form), node
+        if linears and node.name in linears:
+            layer = _coded(layer, node, linears[node.name])
+        if times:  # the weights of a layer that runs again are held once
+            layer = replace(layer, name=f"{layer.name}#{times}", weights=0)
+        yield layer, node
+
+
+def _coded(layer: Layer, node: Node, coded: Coded) -> Layer:
+    rows = math.prod(sizes(node)[:-1])
+    held = packed_bytes(coded)
+    return Layer(
+        layer.name, layer.kind, counted(coded, rows), coded.form.name,
+        layer.weights if held is None else held,
+    )  # fmt: skip
 
 
 def _attentions(module: GraphModule) -> Iterator[tuple[Node, AttentionModule]]:
@@ -85,8 +104,7 @@ def _layer(module: GraphModule, node: Node, scaled: bool) -> Layer | None:
         return Layer(called.site.id, ATTENTION, _attention(called, scaled), called.form.name)
     op = op_of(node)
     if op in ("linear", "addmm"):
-        weight = _weight(node, 2 if op == "addmm" else 1)
-        return _macs(node, LINEAR, math.prod(sizes(node)) * _inner(node, op), weight)
+        return _linear(node, op)
     if op == "conv":
         return _convolution(node)
     if op in _NORMS:
@@ -106,6 +124,14 @@ def _attention(module: AttentionModule, scaled: bool) -> OpCount:
 
 def _macs(node: Node, kind: str, macs: int, weight: str) -> Layer:
     return Layer(weight or module_path(node) or node.name, kind, OpCount.of(mul=macs, add=macs))
+
+
+def _linear(node: Node, op: str) -> Layer:
+    outputs, inputs = sizes(node)[-1], _inner(node, op)
+    name = _weight(node, 2 if op == "addmm" else 1)
+    layer = _macs(node, LINEAR, math.prod(sizes(node)) * inputs, name)
+    bias = arg(node, 0 if op == "addmm" else 2, "bias") is not None
+    return replace(layer, weights=plain_bytes(inputs, outputs, bias) if name else 0)
 
 
 def _weight(node: Node, place: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -23,24 +23,27 @@ from passes.opcount import OpCount
 from passes.ops import arg, op_of, sizes, source, submodule_of
 from passes.site import AttentionSite
 from passes.substitute import AttentionModule
-from rewriter.energy_count import CONV, LINEAR, PRODUCT, Layer, charged
+from rewriter.energy_count import CONV, LINEAR, PRODUCT, Layer, Linears, charged
+from rewriter.energy_linears import nests
 
 PICOJOULES = 1e9
 
 
 @dataclass(frozen=True)
 class Modelled:
-    """A layer with what the accelerator model says of it. `exact` is False for a form without a
-    nest, whose arithmetic alone is charged."""
+    """A layer with what the accelerator model says of it; `told` where that says less than it
+    seems to, because the form has no nest of its own."""
 
     layer: Layer
     cost: Estimate
     ops: OpCount
-    exact: bool = True
+    told: str = ""
 
 
-def model_layers(module: GraphModule, *, released: bool = False) -> list[Modelled]:
-    """Every layer of a rewritten graph by the accelerator model.
+def model_layers(
+    module: GraphModule, linears: Linears | None = None, *, released: bool = False
+) -> list[Modelled]:
+    """Every layer of a rewritten graph by the accelerator model; `linears` as `charged` has them.
 
     With `released` three defects of the script that came with the paper are kept: products of a
     softmax attention are not seen, nor is hashing, and every addition of chosen values is charged
@@ -50,15 +53,11 @@ def model_layers(module: GraphModule, *, released: bool = False) -> list[Modelle
         ValueError: a dynamic size, or a layer that fits the array in no way.
     """
     found, first = [], None
-    for layer, node in charged(module):
-        called = submodule_of(node)
-        if isinstance(called, AttentionModule):
-            made = _attention(called, released)
-            if made is None:
-                found.append(Modelled(layer, _arithmetic(called), OpCount(), exact=False))
-                continue
-        else:
-            made = _nests(node, layer.kind)
+    for layer, node in charged(module, linears):
+        made = _made(node, layer, linears or {}, released)
+        if made is None:
+            found.append(_without_nest(node, layer))
+            continue
         costs = [estimate(nest) for nest in made]
         if released:
             for i, nest in enumerate(made):
@@ -80,22 +79,51 @@ def _operations(nests: Sequence[Nest]) -> OpCount:
     )
 
 
-def _arithmetic(module: AttentionModule) -> Estimate:
-    """A form that has no nest: its own operations by the table, and no data moved."""
-    priced = sum(energy(module.form.ops(module.site), HOROWITZ_45NM).arithmetic.values())
-    return Estimate(priced / PICOJOULES, priced / PICOJOULES, 0.0)
+def _made(node: Node, layer: Layer, linears: Linears, released: bool) -> tuple[Nest, ...] | None:
+    """The nests of a layer; None for a form that is not modelled."""
+    called = submodule_of(node)
+    if isinstance(called, AttentionModule):
+        return _attention(called, released)
+    if node.name in linears:
+        return nests(linears[node.name], math.prod(sizes(node)[:-1]))
+    return _nests(node, layer.kind)
+
+
+def _without_nest(node: Node, layer: Layer) -> Modelled:
+    """An attention: its own operations by the table and no data moved. A coded linear layer: data
+    as a shift layer moves them, its counted operations, and its additions one after the other."""
+    called = submodule_of(node)
+    if isinstance(called, AttentionModule):
+        arithmetic = _priced(called.form.ops(called.site))
+        told = f"no data movement is modelled for the form {layer.form}"
+        return Modelled(layer, Estimate(arithmetic, arithmetic, 0.0), OpCount(), told)
+    shift = estimate(replace(_product(node), kind=Kind.SHIFT))
+    arithmetic, products = _priced(layer.ops), _product(node).operations
+    cost = Estimate(
+        shift.energy_mj - shift.arithmetic_mj + arithmetic,
+        arithmetic,
+        shift.latency_ms * max(1.0, layer.ops.total("add") / products),
+    )
+    told = f"the form {layer.form} is taken to move data as a shift layer does"
+    return Modelled(layer, cost, layer.ops, told)
+
+
+def _priced(ops: OpCount) -> float:
+    return sum(energy(ops, HOROWITZ_45NM).arithmetic.values()) / PICOJOULES
+
+
+def _product(node: Node) -> Nest:
+    place = 1 if op_of(node) in ("addmm", "baddbmm") else 0
+    read = node.args[place]
+    assert isinstance(read, Node)
+    out = sizes(node)
+    return Nest(math.prod(out[:-1]), out[-1], sizes(read)[-1])
 
 
 def _nests(node: Node, kind: str) -> tuple[Nest, ...]:
     if kind == CONV:
         return (_convolution(node),)
-    if kind in (LINEAR, PRODUCT):
-        place = 1 if op_of(node) in ("addmm", "baddbmm") else 0
-        read = node.args[place]
-        assert isinstance(read, Node)
-        out = sizes(node)
-        return (Nest(math.prod(out[:-1]), out[-1], sizes(read)[-1]),)
-    return ()
+    return (_product(node),) if kind in (LINEAR, PRODUCT) else ()
 
 
 def _convolution(node: Node) -> Nest:

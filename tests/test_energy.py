@@ -54,9 +54,20 @@ def stock(size: str) -> tuple[Any, Any]:
     return find_sites(*pvt(**SIZES[size]))
 
 
-def rewritten(size: str, form: Any) -> EnergyReport:
+def rewritten(size: str, form: Any, linear: Any = None) -> EnergyReport:
     traced, found = stock(size)
-    return energy_report(traced, plan_by_rules(found.sites, {"*": form}) if form else Plan({}))
+    plan = plan_by_rules(found.sites, {"*": form}) if form else Plan({})
+    return energy_report(traced, plan, linear=linear)
+
+
+@functools.cache
+def other_sizes() -> tuple[Any, Any, Any]:
+    """A model of other sizes traced, its sites, its config."""
+    model, inputs = pvt(
+        image_size=256, hidden_sizes=(24, 48, 72, 96), num_attention_heads=(1, 2, 3, 4),
+        depths=(1, 2, 1, 1), mlp_ratios=(4, 3, 2, 4),
+    )  # fmt: skip
+    return *find_sites(model, inputs), model.config
 
 
 def report(model: nn.Module, inputs: Any, form: str) -> EnergyReport:
@@ -122,16 +133,10 @@ def pvt_by_hand(side: int, config: PvtV2Config, reduce: bool) -> tuple[int, int]
 
 @pytest.mark.parametrize("form", ["", "msa"])
 def test_other_sizes_of_pvt(form: str) -> None:
-    config = {
-        "image_size": 256,
-        "hidden_sizes": (24, 48, 72, 96),
-        "num_attention_heads": (1, 2, 3, 4),
-        "depths": (1, 2, 1, 1),
-        "mlp_ratios": (4, 3, 2, 4),
-    }
-    model, inputs = pvt(**config)
-    cost = report(model, inputs, form).after
-    wanted = pvt_by_hand(256, model.config, reduce=not form)
+    traced, found, config = other_sizes()
+    plan = plan_by_rules(found.sites, {"*": form}) if form else Plan({})
+    cost = energy_report(traced, plan).after
+    wanted = pvt_by_hand(256, config, reduce=not form)
     assert (cost.ops.total("mul"), cost.ops.total("add")) == wanted
 
 
@@ -149,13 +154,16 @@ def test_bert_by_the_rule() -> None:
 
 
 def test_layers_add_up_and_say_what_changed() -> None:
-    data = report(*pvt(depths=(1, 1, 1, 1), image_size=64), "msa").to_json()
+    traced, found, _ = other_sizes()
+    plan = plan_by_rules(found.sites, {"*": "msa"})
+    data = energy_report(traced, plan, linear="shift,*mlp*").to_json()
     for side in ("before", "after"):
-        for kind in ("mul", "add", "energy_mj"):
+        for kind in ("mul", "add", "shift", "energy_mj", "weight_bytes"):
             parts = [layer[side][kind] for layer in data["layers"] if layer[side]]
             assert sum(parts) == pytest.approx(data[side][kind], rel=1e-12)
     changed = {x["name"].split(".")[-1] for x in data["layers"] if x["before"] != x["after"]}
-    assert changed == {"attention#0", "spatial_reduction", "layer_norm", "key", "value"}
+    attention = {"attention#0", "spatial_reduction", "layer_norm", "key", "value"}
+    assert changed == attention | {"dense1", "dense2"}
     gone = [x for x in data["layers"] if x["after"] is None]
     assert {x["kind"] for x in gone} == {"conv", "norm"}
 
@@ -173,46 +181,49 @@ def test_an_unknown_energy_model_is_refused() -> None:
         energy_report(traced, Plan({}), model="counts")
 
 
-def small_pvt() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A factory for the command line."""
-    return pvt(depths=(1, 1, 1, 1), image_size=64)
-
-
 def bare_pvt() -> nn.Module:
     """A factory without example inputs."""
     return pvt(depths=(1, 1, 1, 1), image_size=64)[0]
 
 
+def tiny() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A factory for the command line that is traced in no time."""
+    return Encoder().eval(), {"x": torch.zeros(1, 40, 16)}
+
+
 def test_a_hugging_face_model_needs_no_inputs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["energy", "tests.test_energy:bare_pvt", "--image", "96", "--json"]) == 0
+    argv = ["energy", "tests.test_energy:bare_pvt", "--image", "96", "--form", "msa", "--json"]
+    assert run(argv) == 0
     data = json.loads(capsys.readouterr().out)
     mul, _ = pvt_by_hand(96, PvtV2Config(num_labels=1000, depths=[1, 1, 1, 1]), reduce=True)
-    assert data["before"]["mul"] == mul
+    assert data["before"]["mul"] == mul < data["after"]["mul"]
+    told = "1 of 4 sites keep their softmax (msa: keys and values already come from all tokens)"
+    assert data["notes"] == [told]
 
 
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, picture = tmp_path / "e.html", tmp_path / "e.png"
-    spec = "tests.test_energy:small_pvt"
-    assert run(["energy", spec, "--form", "msa", "--json"]) == 0
+    argv = ["energy", "tests.test_energy:tiny", "--form", "elu", "--linear", "shift,*"]
+    assert run([*argv, "--json", "--html", str(page), "--png", str(picture)]) == 0
     data = json.loads(capsys.readouterr().out)
+    counts = {"mul", "add", "shift", "popcount", "weight_bytes"}
     for side in ("before", "after"):
-        assert set(data[side]) == {"mul", "add", "shift", "popcount", "energy_mj"}
-        assert all(isinstance(data[side][k], int) for k in ("mul", "add", "shift", "popcount"))
-    assert data["after"]["mul"] > data["before"]["mul"]
-    told = "1 of 4 sites keep their softmax (msa: keys and values already come from all tokens)"
-    assert data["notes"] == [told]
-    argv = ["energy", spec, "--form", "msa", "--html", str(page), "--png", str(picture)]
-    assert run(argv) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "more energy" in shown
+        assert set(data[side]) == counts | {"energy_mj"}
+        assert all(isinstance(data[side][k], int) for k in counts)
+    assert data["after"]["mul"] < data["before"]["mul"]
+    assert data["after"]["shift"] > 0
+    assert data["after"]["weight_bytes"] < data["before"]["weight_bytes"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
     assert text.count("<tr") == len(data["layers"]) + 2
     assert "<svg" in text
     assert "http" not in text.split("<svg")[0]
+    assert run(argv) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "less energy, weights of linear layers" in shown
 
 
 def test_without_a_form_nothing_changes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["energy", "tests.test_energy:small_pvt", "--json"]) == 0
+    assert run(["energy", "tests.test_energy:tiny", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["before"] == data["after"]

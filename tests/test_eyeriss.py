@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from codegen.eyeriss import Estimate, Kind, Nest, estimate, factors
+from passes.linear_form import linear_form_named
 from passes.plan import Plan, plan_by_rules
 from rewriter.energy import EnergyReport, energy_report
 from tests.by_hand import Encoder
@@ -38,7 +39,11 @@ def test_one_layer_by_the_source() -> None:
     assert first_add.energy_mj == pytest.approx(0.0371, abs=5e-5)
 
 
-def blocks(attention: Any, mlp: Kind = Kind.MULTIPLY) -> Estimate:
+def dense(rows: int, outputs: int, inputs: int, kind: Kind = Kind.MULTIPLY) -> Estimate:
+    return estimate(Nest(rows, outputs, inputs, kind=kind))
+
+
+def blocks(attention: Any, mlp: Any = dense) -> Estimate:
     """PVT v2 B0 by hand: embeddings, MLPs, head, and attention(stage, tokens, width, heads)."""
     total, side, last = NOTHING, 224, 3
     for stage, (c, heads) in enumerate(zip(DIMS, HEADS, strict=True)):
@@ -47,7 +52,7 @@ def blocks(attention: Any, mlp: Kind = Kind.MULTIPLY) -> Estimate:
         total += estimate(Nest(1, c, last, out, out, kernel, kernel, side, side, stride))
         n, side, last = out * out, out, c
         block = attention(stage, n, c, heads)
-        block += estimate(Nest(n, wide, c, kind=mlp)) + estimate(Nest(n, c, wide, kind=mlp))
+        block += mlp(n, wide, c) + mlp(n, c, wide)
         block += estimate(Nest(wide, 1, 1, out, out, 3, 3, out, out))
         total += block * 2
     return total + estimate(Nest(1, 1000, 256))
@@ -77,8 +82,8 @@ def additions(stage: int, n: int, c: int, heads: int, *, kind: Kind = Kind.MULTI
         (lambda: blocks(functools.partial(softmax, seen=False)), 28.28, 2.016, 16.08),
         (lambda: blocks(additions), 28.25, 1.963, None),
         (lambda: blocks(functools.partial(additions, kind=Kind.SHIFT)), 25.79, 1.718, None),
-        (lambda: blocks(functools.partial(additions, kind=Kind.SHIFT), Kind.SHIFT),
-         14.555, 0.514, None),
+        (lambda: blocks(functools.partial(additions, kind=Kind.SHIFT),
+                        functools.partial(dense, kind=Kind.SHIFT)), 14.555, 0.514, None),
     ],
 )  # fmt: skip
 def test_whole_models_by_the_source(
@@ -171,3 +176,66 @@ def test_factors(n: int, parts: int) -> None:
 def test_a_kernel_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="fits the array in no way"):
         estimate(Nest(1, 8, 8, 8, 8, 13, 13, 16, 16))
+
+
+def mixture(stage: int, n: int, c: int, heads: int) -> Estimate:
+    """Three mixed layers of attention, six tokens of ten to the shifts, and the sums of codes."""
+    if stage == 3:
+        return softmax(stage, n, c, heads)
+    d = c // heads
+    total = mixed(n, c, c) * 3 + estimate(Nest(heads, 1, 1, n, d, 3, 3, n, d))
+    read = Nest(heads * n, d, 16, kind=Kind.ADD)
+    return total + estimate(Nest(heads * 16, d, n, kind=Kind.ADD)) + estimate(read)
+
+
+def mixed(rows: int, outputs: int, inputs: int) -> Estimate:
+    first = round(0.4 * rows)
+    total = estimate(Nest(rows, 2, inputs)) + estimate(Nest(first, outputs, inputs))
+    return total + estimate(Nest(rows - first, outputs, inputs, kind=Kind.SHIFT))
+
+
+@pytest.mark.parametrize("linear", ["shift", "moe"])
+def test_shift_layers_and_mixtures_of_the_graph(linear: str) -> None:
+    """The traced model against one by hand: layers of attention by `linear` in three stages."""
+    traced, found = stock("B0")
+    form = linear_form_named(linear, {"latencies": [6, 4]} if linear == "moe" else {})
+    made = energy_report(
+        traced, plan_by_rules(found.sites, {"*": "shiftadd"}), model="eyeriss",
+        linear={"pvt_v2.encoder.layers.[012].*.attention.*": form},
+    )  # fmt: skip
+    by_hand = blocks(mixture if linear == "moe" else functools.partial(additions, kind=Kind.SHIFT))
+    for stage, (c, heads) in enumerate(zip(DIMS, HEADS, strict=True)):
+        n = (56 >> stage) ** 2
+        if stage == 3:  # three projections where the source has one
+            by_hand += (estimate(Nest(n, c, c)) * 3 + estimate(Nest(n, 3 * c, c)) * -1) * 2
+        else:  # hashing, which the source leaves out
+            hashes = estimate(Nest(heads * n, 25, c // heads)) + estimate(Nest(heads * n, 16, 25))
+            by_hand += hashes * 2
+    assert made.after.energy_mj == pytest.approx(by_hand.energy_mj, rel=1e-9)
+    assert made.after.latency_ms == pytest.approx(by_hand.latency_ms, rel=1e-9)
+    assert made.after.energy_mj < priced("shiftadd", "eyeriss").after.energy_mj
+    assert made.after.ops.total("shift") > 0
+
+
+def test_a_mixture_of_all_layers_by_the_source() -> None:
+    """Published shares, attention and MLP: 22.93 mJ with six tokens of ten to the shifts."""
+    total = blocks(mixture, mlp=mixed)
+    assert total.energy_mj == pytest.approx(22.93, abs=6e-3)
+    assert total.arithmetic_mj == pytest.approx(1.126, abs=6e-4)
+
+
+def test_a_linear_form_without_a_nest_moves_data_as_a_shift_layer() -> None:
+    traced, _ = stock("B0")
+    layer = "pvt_v2.encoder.layers.0.blocks.0.mlp.dense1"
+    made = energy_report(traced, Plan({}), model="eyeriss", linear=f"shiftadd_ptq,{layer}")
+    told = "the form shiftadd_ptq is taken to move data as a shift layer does"
+    assert made.notes[-1] == told
+    cost = next(x.after for x in made.layers if x.name == layer)
+    shift = estimate(Nest(3136, 256, 32, kind=Kind.SHIFT))
+    assert cost is not None
+    assert cost.arithmetic_mj is not None
+    moved = cost.energy_mj - cost.arithmetic_mj
+    assert moved == pytest.approx(shift.energy_mj - shift.arithmetic_mj)
+    sums = cost.ops.total("add") / (3136 * 256 * 32)
+    assert sums == pytest.approx(4 + 8 / 256)  # four bits, and scaling the inputs by three powers
+    assert cost.latency_ms == pytest.approx(shift.latency_ms * sums)

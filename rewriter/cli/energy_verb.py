@@ -23,6 +23,7 @@ def verb(
     plan: o.PlanFile = None,
     rule: o.Rules = None,
     setting: o.Config = None,
+    linear: o.Linear = None,
     energy_model: Rule = "count",
     batch: o.Batch = 1,
     tokens: o.Tokens = None,
@@ -34,7 +35,7 @@ def verb(
 ) -> None:
     """Count the operations of MODEL by layer and price them; nothing is fitted or run.
 
-    Example: rewriter energy pvt_v2_b0 --form hamming --model count
+    Example: rewriter energy pvt_v2_b0 --form hamming --linear shift
     """
     from rewriter.cli.work import energy_of
     from rewriter.energy_view import chart_png, page, table
@@ -43,7 +44,7 @@ def verb(
     check_file(html, "--html")
     check_file(png, "--png")
     loaded = o.open_model(model, tokens, batch, image, attn)
-    report = energy_of(loaded, form, plan, rule, setting, energy_model)
+    report = energy_of(loaded, form, plan, rule, setting, energy_model, linear)
     if html is not None:
         write_text(html, page(report))
     if png is not None:
