@@ -11,17 +11,58 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def forms_page() -> str:
-    """docs/forms.md: one section per form, from the forms themselves."""
+    """docs/forms.md: a table of all forms, then one section per form, from the forms themselves."""
     from rewriter.cli.forms_verb import form_rows
 
-    lines = [
-        "# Forms of attention",
+    rows = form_rows()
+    return "\n".join([*_FORMS_HEAD, *_forms_table(rows), *_forms_sections(rows)]) + "\n"
+
+
+_FORMS_HEAD = (
+    "# Forms of attention",
+    "",
+    "Written by `python -m rewriter.docs` from the forms' own files in `passes/forms/`. What a",
+    "form carries is asked of its `applies`. `rewriter explain MODEL` says for each site of a",
+    "model which forms can stand there and why the others can not.",
+    "",
+    "**Cost** is the form's own count of operations (`Form.ops`, which a test compares with the",
+    "kernels), all kinds alike, of one head of width 64 without a mask: at 1024 tokens, in parts",
+    "of exact attention's, and what twice the tokens multiply it by. Pairs that a window or",
+    "causality hides are counted, though kernels skip most of them. Operations are not time:",
+    "`rewriter forms --break-even` measures time on this machine.",
+    "",
+    "**Output error** is the relative error of the attention's output for the model's own queries,",
+    "keys and values; **cosine** compares the sentence embeddings of the whole model with the form",
+    "at every site. At 128 tokens `lolcats` is still softmax: its window holds them all.",
+    "",
+)
+
+
+def _forms_table(rows: list[dict[str, Any]]) -> list[str]:
+    from rewriter.form_facts import AFTER, BEFORE, cells, record
+
+    lines = [f"- Without a fit: {record(BEFORE)['settings']}."]
+    if record(AFTER)["forms"]:
+        lines.append(f"- After a fit: {record(AFTER)['settings']}.")
+    lines += [
         "",
-        "Written by `python -m rewriter.docs` from the forms' own files in `passes/forms/`. What a",
-        "form carries is asked of its `applies`. `rewriter explain MODEL` says for each site of a",
-        "model which forms can stand there and why the others can not.",
+        "| form | needs | operations, of exact | twice the tokens | output error | cosine "
+        "| output error after fit | cosine after fit |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in form_rows():
+    for row in rows:
+        found = row["cost"]
+        cost = [f"{found['of_exact']:.2f}", f"{found['growth']:.2f}"] if found else ["", ""]
+        line = [f"[{row['name']}](#{row['name']})", row["needs"], *cost, *cells(row["fidelity"])]
+        lines.append(f"| {' | '.join(line)} |")
+    return lines
+
+
+def _forms_sections(rows: list[dict[str, Any]]) -> list[str]:
+    from rewriter.form_facts import told_cost, told_fidelity
+
+    lines = []
+    for row in rows:
         kind = "exact" if row["exact"] else "approximate"
         options = ", ".join(f"`{k}` (default {v!r})" for k, v in row["options"].items()) or "none"
         lines += [
@@ -30,11 +71,13 @@ def forms_page() -> str:
             "",
             f"- **Formula**: `{row['formula']}`",
             f"- **Kind**: {row['family']}, {kind}; needs {row['needs']}",
+            f"- **Cost**: {told_cost(row['cost'])}",
+            f"- **Fidelity**: {told_fidelity(row['fidelity'])}",
             f"- **Carries**: {', '.join(row['carries'])}",
             f"- **Options**: {options}",
             f"- **Source**: {row['paper']}" + (f" ({row['link']})" if row["link"] else ""),
         ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def cli_page() -> str:

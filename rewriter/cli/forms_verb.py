@@ -42,7 +42,7 @@ def verb(
     target: o.Target = "cpu",
     json: o.Json = False,
 ) -> None:
-    """List the forms: what each needs, which masks it carries, its formula and source.
+    """List the forms: what each needs, which masks it carries; by name its cost and fidelity too.
 
     Example: rewriter forms hedgehog elu --break-even --lengths 512,2048,8192
     """
@@ -88,12 +88,16 @@ def _overview(rows: list[dict[str, Any]]) -> Table:
 
 
 def _full(row: dict[str, Any]) -> None:
+    from rewriter.form_facts import told_cost, told_fidelity
+
     kind = "exact" if row["exact"] else "approximate"
     options = ", ".join(f"{k}={v}" for k, v in row["options"].items()) or "none"
     console.print(f"[bold]{row['name']}[/bold]")
     for label, text in (
         ("formula", row["formula"]),
         ("kind", f"{row['family']}, {kind}; needs {row['needs']}"),
+        ("cost", told_cost(row["cost"])),
+        ("fidelity", told_fidelity(row["fidelity"])),
         ("carries", ", ".join(row["carries"])),
         ("options", options),
         ("source", f"{row['paper']} {row['link']}"),
@@ -140,8 +144,9 @@ def _measure(
 
 
 def form_rows() -> list[dict[str, Any]]:
-    """One row of plain data per form; what it carries is asked of `applies` itself."""
+    """One row of plain data per form: its own words, what it carries, its cost and fidelity."""
     from passes.form import forms
+    from rewriter.form_facts import cost, fidelity
 
     rows = []
     for name, cls in forms().items():
@@ -154,6 +159,8 @@ def form_rows() -> list[dict[str, Any]]:
                 "exact": cls.exact,
                 "trainable": cls.trainable,
                 "needs": cls.needs,
+                "cost": cost(form),
+                "fidelity": fidelity(name),
                 "carries": _carries(form),
                 "formula": cls.formula,
                 "paper": f"{paper.authors} {paper.year}, {paper.title}",
