@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from codegen.energy import HOROWITZ_45NM, energy
 from passes.opcount import OpCount
 from passes.site import SiteStatus
-from rewriter import plots
+from rewriter import moe_plots, plots
 from rewriter.graph_svg import draw
 from rewriter.wording import busy, count, milliseconds, number, speed_words, verdict_text
 
@@ -76,6 +76,7 @@ def page(report: RewriteReport) -> str:
                     ("energy", energy_chart),
                 )
             },
+            experts={name: Markup(drawn) for name, drawn in moe_plots.charts(report).items()},
             engines=(report.timings or {}).get("engines", ()),
             ops_ratio=_ops_ratio,
             energy_source=HOROWITZ_45NM.source,

@@ -108,8 +108,7 @@ def convert_linears(
     choices = plan_linears(layers, linear_rules(linear)) if asked else dict(result.plan.linears)
     if asked and strict and not _changed(choices):
         raise NothingRewritten(_why_none(choices))
-    if asked:
-        choices = _timed(result, choices, layers, target, timer)
+    choices = _timed(result, choices, layers, target, timer)
     needy = [
         i for i in _changed(choices)
         if linear_form_named(choices[i].form, choices[i].config).needs == "calibration"

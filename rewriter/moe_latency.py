@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from passes.linear_forms.moe import Moe
 from passes.plan import Choice
 from passes.site import SiteStatus
 
 if TYPE_CHECKING:
     from codegen.target import Target
-    from passes.linear_forms.moe import Moe
     from passes.linear_layers import LinearLayer
 
 Shape = tuple[int, int, int]  # tokens, inputs, outputs
@@ -25,7 +25,7 @@ Timer = Callable[[Callable[[], None], Callable[[], None]], tuple[float, float]]
 
 @dataclass(frozen=True)
 class ExpertTimes:
-    """What the two experts of layers of one shape cost: microseconds a call, or operations.
+    """What the two experts of layers of one shape cost, in `unit`, and how that is known.
 
     `shape` is (tokens, inputs, outputs), `layers` the ids of the layers that have it.
     """
@@ -33,19 +33,18 @@ class ExpertTimes:
     shape: Shape
     multiply: float
     shift: float
+    unit: str  # "µs" a call, "operations" or "parts"
     source: str
-    layers: tuple[str, ...]
-    measured: bool
+    layers: tuple[str, ...] = ()
 
     def sentence(self) -> str:
         """For the report."""
         rows, inputs, outputs = self.shape
-        unit = "µs" if self.measured else "operations"
         share = self.multiply / (self.multiply + self.shift)
         return (
-            f"moe, {len(self.layers)} layers {inputs} -> {outputs} on {rows} tokens: multiply "
-            f"{self.multiply:.4g}, shift {self.shift:.4g} {unit} ({self.source}); balanced with "
-            f"{1 - share:.0%} of the tokens at multiply."
+            f"moe, {len(self.layers)} layers {inputs} -> {outputs} on {rows} tokens: "
+            f"multiply {self.multiply:.4g}, shift {self.shift:.4g} {self.unit} ({self.source}); "
+            f"balanced with {1 - share:.0%} of the tokens at multiply."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def with_latencies(
     target: str | Target = "cpu",
     timer: Timer | None = None,
 ) -> tuple[dict[str, Choice], list[ExpertTimes]]:
-    """`choices` with latencies in the config of every `moe` layer that has none.
+    """`choices` with latencies in the config of every `moe` layer: those given, or new ones.
 
     Args:
         choices: layer id -> Choice.
@@ -72,21 +71,22 @@ def with_latencies(
             tokens at (multiply, shift), gives the seconds of each.
 
     Returns:
-        (choices, what was measured or counted).
+        (choices, what was given, measured or counted).
     """
     from codegen.target import target_named
 
-    needy = [i for i, c in choices.items() if _needs(c)]
-    if not needy:
+    mine = [i for i, c in choices.items() if _is_moe(c)]
+    if not mine:
         return dict(choices), []
     chosen = target_named(target) if isinstance(target, str) else target
-    tokens, known, made = rows(needy), {}, dict(choices)
-    for layer in needy:
+    tokens, made = rows(mine), dict(choices)
+    known: dict[Any, ExpertTimes] = {}
+    for layer in mine:
         shape = (tokens[layer], layers[layer].inputs, layers[layer].outputs)
-        form = _form(choices[layer])
-        key = (shape, form.config.bits, layers[layer].bias is not None)
+        form, bias = Moe(choices[layer].config), layers[layer].bias is not None
+        key = (shape, bias, repr(form.config.to_json()))
         if key not in known:
-            known[key] = _times(form, shape, key[2], chosen, timer)
+            known[key] = _times(form, shape, bias, chosen, timer)
         times = known[key] = replace(known[key], layers=(*known[key].layers, layer))
         config = {
             **choices[layer].config,
@@ -97,29 +97,30 @@ def with_latencies(
     return made, list(known.values())
 
 
-def _needs(choice: Choice) -> bool:
-    if choice.status is not SiteStatus.REWRITTEN or choice.form != "moe":
-        return False
-    return choice.config.get("latencies") is None
-
-
-def _form(choice: Choice) -> Moe:
-    from passes.linear_forms.moe import Moe
-
-    return Moe(choice.config)
+def _is_moe(choice: Choice) -> bool:
+    return choice.status is SiteStatus.REWRITTEN and choice.form == Moe.name
 
 
 def _times(form: Moe, shape: Shape, bias: bool, target: Target, timer: Timer | None) -> ExpertTimes:
     from codegen.dispatch_time import expert_seconds, why_not_timed
     from passes.linear_form import LinearSpec
 
+    rows, inputs, outputs = shape
+    spec = LinearSpec(form.name, inputs, outputs, bias)
+    if form.config.latencies is not None:
+        source = form.config.source or "given"
+        return ExpertTimes(shape, *form.times(spec), _unit(source), source)
     why = why_not_timed(target)
     if why:
-        rows, inputs, outputs = shape
-        first, second = form.times(LinearSpec(form.name, inputs, outputs, bias), rows)
+        first, second = form.times(spec, rows)
         source = f"counted, not measured on {target.name}: {why}"
-        return ExpertTimes(shape, first, second, source, (), measured=False)
+        return ExpertTimes(shape, first, second, _unit(source), source)
     seconds = expert_seconds(target, form.shift.codes, shape, bias=bias, timer=timer)
     first, second = (round(s * 1e6, 3) for s in seconds)
     source = f"measured on {target.name}"
-    return ExpertTimes(shape, first, second, source, (), measured=True)
+    return ExpertTimes(shape, first, second, _unit(source), source)
+
+
+def _unit(source: str) -> str:
+    """The unit of latencies from `source`."""
+    return {"measured": "µs", "counted,": "operations"}.get(source.partition(" ")[0], "parts")

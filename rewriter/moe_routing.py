@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Tensor]
 POINTS = 200  # of a history, at most
+PIXELS = 28  # a side of the image kept beside the maps, at most
+GREYS = 16
 PREFIX = 6  # tokens before the patches of an image, at most
 
 
@@ -87,9 +89,28 @@ class _shapes:
             hook.remove()
 
 
+def thumbnail(batch: Mapping[str, Tensor]) -> list[list[int]]:
+    """The first image of a batch in a few grey levels, 0 to `GREYS` - 1; [] if it has none."""
+    image = _image(batch)
+    if image is None:
+        return []
+    grey = image[:1].float().mean(dim=1, keepdim=True)
+    step = -(-max(grey.shape[2:]) // PIXELS)
+    small = nn.functional.avg_pool2d(grey, step, ceil_mode=True)[0, 0]
+    low, high = small.min(), small.max()
+    made: list[list[int]] = (
+        ((small - low) / (high - low + 1e-12) * (GREYS - 1)).round().int().tolist()
+    )
+    return made
+
+
+def _image(batch: Mapping[str, Tensor]) -> Tensor | None:
+    return next((v for v in batch.values() if v.dim() == 4 and v.shape[1] in (1, 3)), None)
+
+
 def _grid(batch: Mapping[str, Tensor], shape: torch.Size) -> tuple[int, int, int] | None:
     """(tokens before the patches, rows, columns) of a layer's input [B, T, K] of an image model."""
-    image = next((v for v in batch.values() if v.dim() == 4 and v.shape[1] in (1, 3)), None)
+    image = _image(batch)
     if image is None or len(shape) < 3 or shape[0] != image.shape[0]:
         return None
     tokens = math.prod(shape[1:-1])
@@ -162,5 +183,7 @@ def tell_routing(result: Result, batches: Sequence[Mapping[str, Tensor]]) -> Non
     if not any(isinstance(m.form, Moe) for m in linear_modules(module).values()):
         return
     names = {str(n.target) for n in module.graph.find_nodes(op="placeholder")}
-    rows = routing(module, [{n: v for n, v in b.items() if n in names} for b in batches])
-    result.report = result.report.with_experts(routing=[row.to_json() for row in rows])
+    inputs = [{n: v for n, v in b.items() if n in names} for b in batches]
+    rows = routing(module, inputs)
+    image = thumbnail(inputs[0]) if any(row.patches for row in rows) else []
+    result.report = result.report.with_experts(routing=[r.to_json() for r in rows], image=image)

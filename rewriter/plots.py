@@ -51,7 +51,7 @@ def _figure(rows: float, width: float = 7.4) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg(figure: Figure, name: str) -> str:
     """The figure as one <svg> element without fixed size, named for readers of the page."""
     import matplotlib
 
@@ -148,7 +148,7 @@ def site_errors(report: RewriteReport) -> str:
         axes.set_xticks([])
     axes.set_xlabel("relative error of the site's output", color=FAINT, fontsize=9)
     _legend(axes)
-    return _svg(figure, "errors")
+    return svg(figure, "errors")
 
 
 def latency(report: RewriteReport) -> str:
@@ -173,7 +173,7 @@ def latency(report: RewriteReport) -> str:
     axes.set_xlabel(
         "milliseconds a call: median, line = middle half of the runs", color=FAINT, fontsize=9
     )
-    return _svg(figure, "latency")
+    return svg(figure, "latency")
 
 
 def site_latency(report: RewriteReport) -> str:
@@ -195,7 +195,7 @@ def site_latency(report: RewriteReport) -> str:
     axes.margins(x=0.14)
     axes.set_xlabel("milliseconds", color=FAINT, fontsize=9)
     _legend(axes)
-    return _svg(figure, "site latency")
+    return svg(figure, "site latency")
 
 
 def paired(
@@ -221,7 +221,7 @@ def paired(
     axes.xaxis.set_major_formatter(lambda value, _: count(value).strip() if value else "0")
     axes.set_xlabel(axis, color=FAINT, fontsize=9)
     _legend(axes)
-    return _svg(figure, name)
+    return svg(figure, name)
 
 
 def operations(report: RewriteReport) -> str:

@@ -144,8 +144,8 @@ class RewriteReport:
         )
         return replace(self, sites=rows)
 
-    def with_experts(self, **facts: list[dict[str, Any]]) -> RewriteReport:
-        """Add `times`, `routing` or `training` of two-expert layers; empty lists add nothing."""
+    def with_experts(self, **facts: list[Any]) -> RewriteReport:
+        """Add facts of two-expert layers: times, routing, image, training; [] adds nothing."""
         found = {name: rows for name, rows in facts.items() if rows}
         return replace(self, experts={**self.experts, **found})
 

@@ -89,13 +89,15 @@ class Moe(LinearForm):
     ) -> dict[str, Tensor]:
         """ "multiply" [N, K], "weight" and "base" of the shift expert, "router" [2, K] and bias.
 
-        The router starts small and symmetric, so that tokens go to both experts.
+        The router starts as one random direction and its opposite, so that tokens go to both
+        experts. Its logits are about as large as the inputs: much smaller ones would let the
+        balance of probabilities be reached with nearly all tokens at one expert.
         """
         weight = finite(weight, self.name)
         made = self.shift.convert(weight, bias)
         generator = torch.Generator().manual_seed(weight.shape[0] * 65537 + weight.shape[1])
         row = torch.randn(weight.shape[1], generator=generator).to(weight.device)
-        row = 0.1 * row / weight.shape[1] ** 0.5
+        row = row / weight.shape[1] ** 0.5
         return {**made, "multiply": weight.clone(), "router": torch.stack([row, -row])}
 
     def logits(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:

@@ -16,7 +16,15 @@ Subject = Annotated[
 ]
 
 
-def verb(subject: Subject, html: o.Html = None, json: o.Json = False) -> None:
+Pictures = Annotated[
+    Path | None,
+    typer.Option("--pictures", help="Folder for PNGs of two-expert layers (--linear moe)."),
+]
+
+
+def verb(
+    subject: Subject, html: o.Html = None, pictures: Pictures = None, json: o.Json = False
+) -> None:
     """Show the report inside an artifact (no code of it is loaded), a folder or a JSON file.
 
     Example: rewriter report minilm.rwa --html minilm.html
@@ -28,6 +36,10 @@ def verb(subject: Subject, html: o.Html = None, json: o.Json = False) -> None:
     report = read_report(subject)
     if html is not None:
         report.save_html(html)
+    if pictures is not None:
+        from rewriter.moe_plots import save_pictures
+
+        save_pictures(report, pictures)
     if json:
         print_json(report.to_json())
         return

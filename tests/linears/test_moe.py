@@ -14,6 +14,7 @@ from passes.errors import FormError, UsageError
 from passes.linear_form import LinearSpec
 from passes.linear_forms import moe as moe_file
 from passes.linear_forms.moe import Moe
+from passes.linears import linear_modules
 from passes.moe_balance import Balance, balance_loss
 
 
@@ -101,6 +102,10 @@ def test_a_model_trains_with_both_losses_and_is_compiled(tmp_path: Path) -> None
     gap = (result.model(x) - model(x)).norm() / model(x).norm()
     assert gap < 0.5
     optimiser = torch.optim.Adam([p for p in result.model.parameters() if p.requires_grad], lr=5e-3)
+    with torch.no_grad():
+        layer = linear_modules(result.model)["b"]
+        for name in ("multiply", "weight"):
+            layer.params[name].add_(torch.randn(16, 16) * 0.2)
     wanted, losses = model(x).detach(), []
     for _ in range(60):
         with Balance(result.model) as balance:

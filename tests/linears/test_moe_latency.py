@@ -78,7 +78,9 @@ def test_given_latencies_are_taken_as_they_are() -> None:
     result = rewriter.rewrite(Net().eval(), (torch.randn(2, 5, 16),), linear="moe:latencies=6/4")
     found = {m.form.times(m.spec) for m in linear_modules(result.model).values()}
     assert found == {(6.0, 4.0)}
-    assert not [note for note in result.report.notes if note.startswith("moe, ")]
+    (note, *_) = [note for note in result.report.notes if note.startswith("moe, ")]
+    assert "multiply 6, shift 4 parts (given); balanced with 40% of the tokens at multiply" in note
+    assert result.report.experts["times"][0]["layers"] == ["b", "c"]
 
 
 def test_a_target_that_does_not_run_here_is_counted_with_a_note() -> None:
