@@ -6,11 +6,12 @@ must not use a state after the step that changed it. Letters as in passes/site.p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tvm import relax
 
-from codegen.kernels import decode
+from codegen.kernels import decode, decode_hybrid
 from codegen.kernels.attention import attributes
 from codegen.target import Target
 from passes.errors import LoweringError
@@ -54,6 +55,46 @@ class DecodeKernels:
         func = decode.attention_step(float(scale), tensors, self.target.lanes)
         return self._step(func, tensors, list(named.values()), (4, 5), {"kind": "cached"})
 
+    def rows_at(self, table: Any, position: Any) -> Any:
+        """The rows of table [N, W] float32 for positions [B, T] int64: [T, W]."""
+        (table,), position = self._data(table=table), self.builder.normalize(position)
+        tensors = {"table": _tensor(table), "position": _tensor(position)}
+        tensors["out"] = ([tensors["position"][0][1], tensors["table"][0][1]], "float32")
+        func = decode.rows_at(tensors)
+        return self._step(func, tensors, [table, position], (), {"kind": "rows"})[0]
+
+    def hybrid_step(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        fq: Any,
+        fk: Any,
+        mix: Any,
+        state: Sequence[Any],
+        position: Any,
+        *,
+        scale: float,
+        window: int,
+        eps: float,
+    ) -> Any:
+        """(out, *state): new tokens join the ring of near ones, then softmax there and sums.
+
+        As codegen/kernels/decode_hybrid.py has it; everything but `position` is float32.
+        """
+        q, k, v, fq, fk, mix = self._data(q=q, k=k, v=v, fq=fq, fk=fk, mix=mix)
+        names = ("keys", "values", "part", "part_norm", "sum", "norm")
+        kept = self._data(**dict(zip(names, state, strict=True)))
+        named = {"q": q, "k": k, "v": v, "fq": fq, "fk": fk, "mix": mix}
+        named["position"] = self.builder.normalize(position)
+        changed = tuple(range(len(named), len(named) + len(names)))
+        named |= zip(names, kept, strict=True)
+        tensors = {name: _tensor(x) for name, x in named.items()}
+        tensors["out"] = ([*tensors["q"][0][:3], tensors["v"][0][3]], "float32")
+        facts = decode_hybrid.Facts(float(scale), window, float(eps))
+        func = decode_hybrid.hybrid_step(facts, tensors, self.target.lanes)
+        return self._step(func, tensors, list(named.values()), changed, {"kind": "hybrid"})
+
     def _step(
         self,
         func: Any,
@@ -72,6 +113,8 @@ class DecodeKernels:
             func = func.with_attr(key, value)
         name = self.builder.add_func(func, f"decode_{facts['kind']}")
         every = list(tensors.values())
+        if not changed:
+            return (self.builder.emit(relax.call_tir(name, args, relax.TensorType(*every[-1]))),)
         types = [relax.TensorType(*every[-1]), *(relax.TensorType(*every[i]) for i in changed)]
         call = relax.op.call_tir_inplace(name, args, [-1, *changed], types)
         both = self.builder.emit(call)

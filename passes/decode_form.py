@@ -40,7 +40,12 @@ class StateSpec:
 
 
 class Streaming(Form):
-    """A form with a recurrent (or cached) way to compute the same causal attention."""
+    """A form with a recurrent (or cached) way to compute the same causal attention.
+
+    `bounded`: a sequence may not be longer than the state was made for.
+    """
+
+    bounded: ClassVar[bool] = False
 
     def streams(self, site: AttentionSite) -> Verdict:
         """Whether it can go token by token at `site`: causal self attention, no other mask."""
@@ -95,7 +100,8 @@ class Streaming(Form):
 class LinearStreaming(Streaming):
     """phi(q) S / max(phi(q) z, eps) with S = sum phi(k)^T v [B, G, R, E], z = sum phi(k) [B, G, R].
 
-    The state's size does not grow with the tokens. A feature map must look at one token alone.
+    The state's size does not grow with the tokens. A feature map must look at one token alone, and
+    may look at its position (`features_at`, `map_kernels_at`).
     """
 
     eps: ClassVar[float] = 1e-12
@@ -115,6 +121,23 @@ class LinearStreaming(Streaming):
         self, kit: Any, spec: FormSpec, params: Mapping[str, Any], q: Any, k: Any
     ) -> tuple[Any, Any]:
         """`features` through the kit."""
+
+    def features_at(
+        self,
+        spec: FormSpec,
+        params: Params,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        position: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`features` of new tokens at `position` [B, T]."""
+        return self.features(spec, params, q, k)
+
+    def map_kernels_at(
+        self, kit: Any, spec: FormSpec, params: Mapping[str, Any], q: Any, k: Any, position: Any
+    ) -> tuple[Any, Any]:
+        """`features_at` through the kit."""
+        return self.map_kernels(kit, spec, params, q, k)
 
     def state(self, site: AttentionSite, length: int) -> tuple[StateSpec, ...]:
         """S and z, whatever the length."""
@@ -137,7 +160,7 @@ class LinearStreaming(Streaming):
         position: torch.Tensor,
     ) -> Stepped:
         """New tokens meet each other by masked scores and older ones by the state."""
-        fq, fk = self.features(spec, params, q, k)
+        fq, fk = self.features_at(spec, params, q, k, position)
         sums, norm = state
         values = v.to(accumulate_dtype(v.dtype))
         batch, heads, tokens, width = fq.shape
@@ -163,7 +186,7 @@ class LinearStreaming(Streaming):
         """Feature maps, then one kernel that adds to the state and reads it; all in float32."""
         dtype = kit.dtype(v)
         q, k, v = (kit.cast(x, "float32") for x in (q, k, v))
-        fq, fk = self.map_kernels(kit, spec, params, q, k)
+        fq, fk = self.map_kernels_at(kit, spec, params, q, k, position)
         out, *new = kit.linear_step(fq, fk, v, *state, eps=self.eps)
         return kit.cast(out, dtype), new
 
@@ -174,6 +197,8 @@ class CachedStreaming(Streaming):
     Keys are held as [B, G, blocks, D, BLOCK], values as [B, G, blocks * BLOCK, E]; what lies after
     the position is never read.
     """
+
+    bounded = True
 
     def state(self, site: AttentionSite, length: int) -> tuple[StateSpec, ...]:
         """Room for `length` keys and values, rounded up to whole blocks."""

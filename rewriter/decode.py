@@ -173,8 +173,8 @@ def _compile(
 
 
 def _length(result: Result, high: int | None, asked: int | None, step: SealedStep) -> int | None:
-    """Tokens a sequence may have: the caches', the position table's, or what was asked for."""
-    from passes.decode_form import CachedStreaming
+    """Tokens a sequence may have: the states', the position table's, or what was asked for."""
+    from passes.decode_form import Streaming
 
     table = None if high is None else high + 1
     if table is not None and asked is not None and asked > table:
@@ -182,8 +182,8 @@ def _length(result: Result, high: int | None, asked: int | None, step: SealedSte
             f"max_length: the model has positions for {table} tokens at most, got {asked}"
         )
     forms = [result.rewritten.attention(site.id).form for site in result.rewritten.sites]
-    cached = any(isinstance(form, CachedStreaming) for form in forms)
-    limits = [n for n in (table, asked, step.length if cached else None) if n is not None]
+    bounded = any(isinstance(form, Streaming) and form.bounded for form in forms)
+    limits = [n for n in (table, asked, step.length if bounded else None) if n is not None]
     return min(limits, default=None)
 
 

@@ -18,6 +18,7 @@ from codegen.decoding import Decoder
 from codegen.runtime import Artifact, load
 from passes.decode_seal import seal_step
 from passes.errors import FormError, InputError, ModelError, UsageError
+from passes.form import form_named
 from rewriter.api import Result, rewrite
 from rewriter.decode import compile_decoder
 from rewriter.decode_models import language_model, told_positions
@@ -164,6 +165,31 @@ def test_it_is_not_called_like_others(mixed: Made) -> None:
         mixed.artifact.run({})
 
 
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_rings_and_positions_follow_the_state(tmp_path: Path, name: str) -> None:
+    """A ring of 2 x 5 tokens that turns many times, features by position, sums that are normed."""
+    loaded = opened(name, **THREE_LAYERS[name])
+    chosen = (form_named("lolcats", {"window": 5}), "cosformer", "norm_linear")
+    layer = {"llama": "layers.", "gpt2": "h."}[name]
+    rules = {f"*{layer}{n}.*": form for n, form in enumerate(chosen)}
+    result = rewrite(loaded.model, loaded.example_inputs, rules=rules)
+    path = tmp_path / "x.rwa"
+    artifact = compile_decoder(loaded.model, result, path=path, chunk=16, threads=1)
+    case = Made(loaded, result, artifact)
+    for tokens in (1, 37):
+        prompt = prompt_of(tokens)
+        assert_greedy(case, prompt, artifact.generate(prompt.numpy(), 80))
+    assert artifact.manifest.decode["length"] == 256
+    artifact.close()
+
+
+def test_a_span_limits_the_length(tmp_path: Path) -> None:
+    loaded = opened("llama")
+    result = rewrite(loaded.model, loaded.example_inputs, form="cosformer")
+    with pytest.raises(FormError, match=r"tokens 1024 apart.*to have 1025"):
+        compile_decoder(loaded.model, result, path=tmp_path / "x.rwa", max_length=1025)
+
+
 @pytest.mark.slow
 def test_learned_positions_follow_the_state(tmp_path: Path) -> None:
     done = made(tmp_path, "gpt2", "h.")
@@ -184,8 +210,8 @@ def test_learned_positions_limit_the_length(tmp_path: Path) -> None:
 
 def test_a_form_that_can_not_stream_is_named(tmp_path: Path) -> None:
     loaded = opened("llama")
-    result = rewrite(loaded.model, loaded.example_inputs, form="cosformer")
-    with pytest.raises(FormError, match=r"layers\.0.*cosformer") as told:
+    result = rewrite(loaded.model, loaded.example_inputs, form="topk")
+    with pytest.raises(FormError, match=r"layers\.0.*topk") as told:
         compile_decoder(loaded.model, result, path=tmp_path / "x.rwa")
     assert "layers.1" in str(told.value)
 

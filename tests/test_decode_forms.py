@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ def site(tokens: int, **dims: int) -> AttentionSite:
     return AttentionSite("s#0", "n", Dims(**sizes), "float64", 0.3, Mask(causal=True))
 
 
-def streaming_form(name: str) -> Streaming:
-    form = form_named(name)
+def streaming_form(name: str, **config: Any) -> Streaming:
+    form = form_named(name, config)
     assert isinstance(form, Streaming)
     return form
 
@@ -43,9 +44,18 @@ def test_the_forms_asked_for_stream() -> None:
 @pytest.mark.parametrize("name", STREAMING)
 @pytest.mark.parametrize("cuts", [[1] * 70, [64, 5, 1], [3, 30, 1, 36]], ids=["1", "64", "mixed"])
 def test_steps_equal_the_masked_quadratic_form(name: str, cuts: list[int]) -> None:
-    form, place = streaming_form(name), site(70)
-    if not form.streams(place):
-        pytest.skip(f"{name} refuses: {form.streams(place)}")
+    assert_steps_are_the_whole(streaming_form(name), cuts)
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 35, 40])
+@pytest.mark.parametrize("cuts", [[1] * 70, [3, 30, 1, 36]], ids=["1", "mixed"])
+def test_a_ring_turns_over_its_blocks(window: int, cuts: list[int]) -> None:
+    assert_steps_are_the_whole(streaming_form("lolcats", window=window), cuts)
+
+
+def assert_steps_are_the_whole(form: Streaming, cuts: list[int]) -> None:
+    place = site(70)
+    assert form.streams(place)
     q, k, v = random_case(form, place)
     params = {
         n: p.double() + 0.3 * torch.randn(p.shape, dtype=torch.float64) if form.trainable else p
@@ -53,6 +63,8 @@ def test_steps_equal_the_masked_quadratic_form(name: str, cuts: list[int]) -> No
     }
     spec = form.spec(place)
     want = form.weights(spec, params, q, k) @ v.repeat_interleave(2, 1)
+    if not form.normalised:  # norm_linear: what it norms, and the norm of that
+        want = want * (want.square().mean((1, 3), keepdim=True) + 1e-6).rsqrt()
     state = [s.zeros() for s in form.state(place, 70)]
     done, first = [], 0
     for number in cuts:
@@ -66,7 +78,7 @@ def test_steps_equal_the_masked_quadratic_form(name: str, cuts: list[int]) -> No
     torch.testing.assert_close(torch.cat(done, 2), want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["elu", "hedgehog", "relu", "taylor"])
+@pytest.mark.parametrize("name", ["elu", "hedgehog", "relu", "taylor", "lolcats"])
 def test_the_state_of_a_linear_form_has_one_size(name: str) -> None:
     form = streaming_form(name)
     assert form.state(site(8), 100) == form.state(site(8), 100_000)

@@ -24,7 +24,8 @@ WIDTH = 64  # values of one row held in registers
 Tensor = tuple[Sequence[int], str]  # shape and type
 
 
-def _build(tensors: dict[str, Tensor], body: Any) -> Any:
+def build_step(tensors: dict[str, Tensor], body: Any) -> Any:
+    """The PrimFunc with buffers of these names, shapes and types and the statements of `body`."""
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name("main")
         args = [T.arg(n, T.buffer([int(d) for d in s], t)) for n, (s, t) in tensors.items()]
@@ -48,23 +49,23 @@ def linear_step(eps: float, tensors: dict[str, Tensor], lanes: int) -> Any:
     """
 
     def body(fq: Any, fk: Any, v: Any, state: Any, norm: Any, out: Any) -> None:
-        (_, h_, t_, r_), (b_, g_, _, e_) = _sizes(fq), _sizes(v)
+        (_, h_, t_, r_), (b_, g_, _, e_) = dims(fq), dims(v)
         group = h_ // g_
         with T.parallel(0, b_ * g_) as bg:
             b, g = bg // g_, bg % g_
             with T.serial(0, t_) as t:
                 with T.serial(0, r_) as r:
-                    _add(state, [b, g, r], e_, lanes, load(fk, b, g, t, r), v, [b, g, t])
-                _add(norm, [b, g], r_, lanes, f32(1.0), fk, [b, g, t])
+                    add_to(state, [b, g, r], e_, lanes, load(fk, b, g, t, r), v, [b, g, t])
+                add_to(norm, [b, g], r_, lanes, f32(1.0), fk, [b, g, t])
                 for first in range(0, group, ROWS):
                     rows = min(ROWS, group - first)
                     head = g * group + first
                     _read(fq, state, norm, out, (b, g, head, t), rows, r_, e_, lanes, eps)
 
-    return _build(tensors, body)
+    return build_step(tensors, body)
 
 
-def _add(
+def add_to(
     buffer: Any, at: list[Any], width: int, lanes: int, factor: Any, x: Any, index: list[Any]
 ) -> None:
     """buffer[at, :] += factor * x[index, :]."""
@@ -113,6 +114,18 @@ def _read(
         )
 
 
+def rows_at(tensors: dict[str, Tensor]) -> Any:
+    """table, position -> out: out [T, W] are the rows of table [N, W] from position [0, 0] on."""
+
+    def body(table: Any, position: Any, out: Any) -> None:
+        (n_, w_), t_ = dims(table), dims(out)[0]
+        first = imax(0, imin(tirx.Cast("int32", position[0, 0]), n_ - t_))
+        with T.serial(0, t_) as t, T.serial(0, w_) as w:
+            T.buffer_store(out, table[first + t, w], [t, w])
+
+    return build_step(tensors, body)
+
+
 def attention_step(scale: float, tensors: dict[str, Tensor], lanes: int) -> Any:
     """q, k, v, position, keys, values -> out: softmax over all keys up to each query.
 
@@ -122,10 +135,10 @@ def attention_step(scale: float, tensors: dict[str, Tensor], lanes: int) -> Any:
     """
 
     def body(q: Any, k: Any, v: Any, position: Any, keys: Any, values: Any, out: Any) -> None:
-        (b_, h_, t_, d_), g_ = _sizes(q), _sizes(k)[1]
-        group, block = h_ // g_, _sizes(keys)[4]
+        (b_, h_, t_, d_), g_ = dims(q), dims(k)[1]
+        group, block = h_ // g_, dims(keys)[4]
         told = tirx.Cast("int32", position[0, 0])
-        first = imax(0, imin(told, _sizes(values)[2] - t_))  # never outside the buffers
+        first = imax(0, imin(told, dims(values)[2] - t_))  # never outside the buffers
         with T.parallel(0, b_ * g_) as bg:
             b, g = bg // g_, bg % g_
             with T.serial(0, t_) as t:
@@ -133,7 +146,7 @@ def attention_step(scale: float, tensors: dict[str, Tensor], lanes: int) -> Any:
                 with T.serial(0, d_) as d:
                     T.buffer_store(keys, k[b, g, t, d], [b, g, at // block, d, at % block])
                 vectors(
-                    _sizes(v)[3],
+                    dims(v)[3],
                     lanes,
                     lambda e: T.buffer_store(values, v[b, g, t, e], [b, g, at, e]),
                 )
@@ -144,7 +157,7 @@ def attention_step(scale: float, tensors: dict[str, Tensor], lanes: int) -> Any:
                     seen = first + t + 1
                     _attend(q, keys, values, out, (b, g, head, t), seen, rows, scale, lanes)
 
-    return _build(tensors, body)
+    return build_step(tensors, body)
 
 
 def _attend(
@@ -159,7 +172,7 @@ def _attend(
     lanes: int,
 ) -> None:
     b, g, head, t = at
-    (_, _, number, channels, block), width = _sizes(keys), _sizes(values)[3]
+    (_, _, number, channels, block), width = dims(keys), dims(values)[3]
     query, scores = scratch(rows, channels), scratch(rows, number * block)
     for i in range(rows):
         vectors(
@@ -211,5 +224,6 @@ def _softmax(scores: Any, i: int, steps: Any, lanes: int, under: Any) -> None:
     T.buffer_store(under, f32(1.0) / total, [i])
 
 
-def _sizes(buffer: Any) -> tuple[int, ...]:
+def dims(buffer: Any) -> tuple[int, ...]:
+    """The buffer's sizes as numbers."""
     return tuple(int(n) for n in buffer.shape)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from passes.errors import FormError, UsageError
+from passes.decode_form import StateSpec
+from passes.errors import FormError, InputError, UsageError
 from passes.form import FormConfig, FormSpec, Paper, Params, Reason, Verdict, no
 from passes.forms._features import FeatureForm, Pair, count, relu
 from passes.forms._linear import sizes
@@ -50,6 +51,7 @@ class Cosformer(FeatureForm):
     )
     formula = "sum_j w_ij v_j / sum_j w_ij,  w_ij = relu(q_i).relu(k_j) cos(pi (i - j) / (2 m))"
     needs = "training"
+    bounded = True
     Config = CosformerConfig
 
     @property
@@ -67,10 +69,6 @@ class Cosformer(FeatureForm):
                 f"with 0; set its option span to at least {longest}",
             )
         return super().applies(site)
-
-    def streams(self, site: AttentionSite) -> Verdict:
-        """Not token by token: a feature depends on the token's position, which a step hides."""
-        return no(Reason.LENGTH, f"cosformer weighs tokens by position; {site.id} gives it none")
 
     def width(self, site: AttentionSite) -> int:
         """2 D."""
@@ -90,6 +88,29 @@ class Cosformer(FeatureForm):
             )
         first = keys - queries if spec.causal else 0
         return self._turn(q, first), self._turn(k, 0)
+
+    def features_at(
+        self,
+        spec: FormSpec,
+        params: Params,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        position: torch.Tensor,
+    ) -> Pair:
+        """The angles follow the position."""
+        first = int(position[0, 0])
+        if first + q.shape[2] > self._span:
+            raise InputError(f"position: cosformer's span is {self._span} tokens")
+        return self._turn(q, first), self._turn(k, first)
+
+    def state(self, site: AttentionSite, length: int) -> tuple[StateSpec, ...]:
+        """Sums of 2 D features; FormError for sequences longer than `span`."""
+        if length > self._span:
+            raise FormError(
+                f"{site.id}: cosformer weighs tokens {self._span} apart with 0, and sequences are "
+                f"to have {length}; give a max_length up to that, or a longer span"
+            )
+        return super().state(site, length)
 
     def _turn(self, x: torch.Tensor, first: int) -> torch.Tensor:
         positive = relu(x, FLOOR)
@@ -115,3 +136,10 @@ class Cosformer(FeatureForm):
             kit.cosine(q, kit.constant(self._table(queries, first)), FLOOR),
             kit.cosine(k, kit.constant(self._table(keys, 0)), FLOOR),
         )
+
+    def map_kernels_at(
+        self, kit: Any, spec: FormSpec, params: Mapping[str, Any], q: Any, k: Any, position: Any
+    ) -> tuple[Any, Any]:
+        """The two maps with the rows of one table that the position names."""
+        table = kit.rows_at(kit.constant(self._table(self._span, 0)), position)
+        return kit.cosine(q, table, FLOOR), kit.cosine(k, table, FLOOR)

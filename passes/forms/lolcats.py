@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from passes.decode_form import StateSpec, Stepped, Streaming, Tensors
 from passes.errors import FormError, UsageError
-from passes.form import Form, FormSpec, Paper, Params, Reason, Verdict, no
+from passes.form import FormSpec, Paper, Params, Reason, Verdict, no
 from passes.forms._features import count, project, root, wide
 from passes.forms._linear import (
     count_dtype,
@@ -19,6 +20,7 @@ from passes.forms._linear import (
     softmax_pair_ops,
     visible,
 )
+from passes.forms._near import Heads, ring_state, ring_step
 from passes.forms._window import Blocks
 from passes.forms.exact import Exact
 from passes.forms.hedgehog import LEAST, Hedgehog, HedgehogConfig
@@ -41,14 +43,15 @@ class LolcatsConfig(HedgehogConfig):
             raise UsageError(f"window: a whole number from 1, got {self.window}")
 
 
-class Lolcats(Form):
+class Lolcats(Streaming):
     """Softmax terms for keys near a query, hedgehog features for the rest, one denominator.
 
     Near are the query's own block of `window` tokens and its neighbours (causal: the one before;
     the paper's terraced window). Their terms exp(scale q.k - maximum near) are multiplied by
     sigmoid(`mix`), a weight per head that starts at 0.1; the others are phi(q).phi(k) with the
     maps `w_q` [H, D, R], `w_k` [G, D, R]. All of them train. Up to two blocks all keys are near,
-    and it is softmax attention itself. Dropout on attention weights has no counterpart.
+    and it is softmax attention itself. Token by token the last two blocks are held, older ones are
+    sums. Dropout on attention weights has no counterpart.
     """
 
     name = "lolcats"
@@ -211,6 +214,54 @@ class Lolcats(Form):
             q, k, v, fq, fk, params["mix"], key_mask=key_mask, causal=spec.causal,
             scale=spec.scale, block=self._window, eps=EPS,
         )  # fmt: skip
+
+    def state(self, site: AttentionSite, length: int) -> tuple[StateSpec, ...]:
+        """Two blocks of keys and values and the sums of 2 R features, whatever the length."""
+        return ring_state(site, self._window, 2 * self._width(site))
+
+    def step(
+        self,
+        spec: FormSpec,
+        params: Params,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        state: Tensors,
+        position: torch.Tensor,
+    ) -> Stepped:
+        """Softmax over what the ring holds near, features for what has left it."""
+        batch, groups = k.shape[:2]
+        tokens = q.shape[2]
+        fq, fk = (_phi(x, params[n], spec) for n, x in (("w_q", q), ("w_k", k)))
+        share = params["mix"].to(fq.dtype).sigmoid().reshape(groups, -1)
+        rows, fq = (x.reshape(batch, groups, -1, tokens, x.shape[-1]) for x in (wide(q), fq))
+        heads = Heads(rows, wide(k), wide(v), fq, fk, share)
+        out, new = ring_step(
+            heads, state, int(position[0, 0]), window=self._window, scale=spec.scale, eps=EPS
+        )
+        return out.flatten(1, 2).to(v.dtype), new
+
+    def step_kernel(
+        self,
+        kit: Any,
+        spec: FormSpec,
+        params: Mapping[str, Any],
+        q: Any,
+        k: Any,
+        v: Any,
+        state: Sequence[Any],
+        position: Any,
+    ) -> tuple[Any, list[Any]]:
+        """Feature maps, then one kernel that turns the ring and reads it; all in float32."""
+        dtype, scale = kit.dtype(v), root(spec.scale)
+        q, k, v = (kit.cast(x, "float32") for x in (q, k, v))
+        fq = kit.softmax_pair(kit.project(q, params["w_q"], scale=scale))
+        fk = kit.softmax_pair(kit.project(k, params["w_k"], scale=scale))
+        out, *new = kit.hybrid_step(
+            q, k, v, fq, fk, params["mix"], state, position,
+            scale=spec.scale, window=self._window, eps=EPS,
+        )  # fmt: skip
+        return kit.cast(out, dtype), new
 
 
 def _phi(x: torch.Tensor, w: torch.Tensor, spec: FormSpec) -> torch.Tensor:

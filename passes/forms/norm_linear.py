@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from passes.form import Form, FormSpec, Paper, Params, Verdict
-from passes.forms._features import count, wide
+from passes.decode_form import LinearStreaming, Stepped, Tensors
+from passes.form import FormSpec, Paper, Params, Verdict
+from passes.forms._features import Pair, count, wide
 from passes.forms._linear import (
     elu1_ops,
     fused,
@@ -23,7 +24,7 @@ from passes.site import AttentionSite
 NORM_EPS = 1e-6
 
 
-class NormLinear(Form):
+class NormLinear(LinearStreaming):
     """RMS norm, over all heads of a token, of phi(q) (phi(k)^T v) with phi = 1 + elu.
 
     A denominator's gradient is not bounded; the norm's is. The output of every token has the same
@@ -43,6 +44,7 @@ class NormLinear(Form):
     formula = "RMSNorm(phi(q) (phi(k)^T v)) over heads and channels,  phi(x) = elu(x) + 1"
     needs = "training"
     normalised = False
+    eps = HUGE  # the denominator of a step: none, as in `linear_sum`
 
     def applies(self, site: AttentionSite) -> Verdict:
         """Causal and padding masks, cross attention, grouped heads; no bias, window or tensor."""
@@ -60,8 +62,51 @@ class NormLinear(Form):
     ) -> torch.Tensor:
         """Normed sums [B, H, T, E]."""
         out = linear_sum(_phi(q), _phi(k), v, key_mask=key_mask, causal=spec.causal)
-        factor = (out.square().mean((1, 3), keepdim=True) + NORM_EPS).rsqrt()
-        return (out * factor).to(v.dtype)
+        return _normed(out).to(v.dtype)
+
+    def features(self, spec: FormSpec, params: Params, q: torch.Tensor, k: torch.Tensor) -> Pair:
+        """elu + 1 of either."""
+        return _phi(q), _phi(k)
+
+    def width(self, site: AttentionSite) -> int:
+        """D."""
+        return site.dims.D
+
+    def map_kernels(
+        self, kit: Any, spec: FormSpec, params: Mapping[str, Any], q: Any, k: Any
+    ) -> Pair:
+        """Two maps."""
+        return kit.elu1(q), kit.elu1(k)
+
+    def step(
+        self,
+        spec: FormSpec,
+        params: Params,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        state: Tensors,
+        position: torch.Tensor,
+    ) -> Stepped:
+        """The sums of the new tokens and the state, normed."""
+        out, new = super().step(spec, params, q, k, wide(v), state, position)
+        return _normed(out * HUGE).to(v.dtype), new
+
+    def step_kernel(
+        self,
+        kit: Any,
+        spec: FormSpec,
+        params: Mapping[str, Any],
+        q: Any,
+        k: Any,
+        v: Any,
+        state: Sequence[Any],
+        position: Any,
+    ) -> tuple[Any, list[Any]]:
+        """The step's sums, then the norm; all in float32."""
+        dtype, v = kit.dtype(v), kit.cast(v, "float32")
+        out, new = super().step_kernel(kit, spec, params, q, k, v, state, position)
+        return kit.cast(kit.token_norm(out, scale=HUGE, eps=NORM_EPS), dtype), new
 
     def weights(
         self,
@@ -106,6 +151,10 @@ class NormLinear(Form):
         q, k, v = (kit.cast(x, "float32") for x in (q, k, v))
         out = kit.linear_sum(kit.elu1(q), kit.elu1(k), v, key_mask=key_mask, causal=spec.causal)
         return kit.cast(kit.token_norm(out, scale=HUGE, eps=NORM_EPS), dtype)
+
+
+def _normed(out: torch.Tensor) -> torch.Tensor:
+    return out * (out.square().mean((1, 3), keepdim=True) + NORM_EPS).rsqrt()
 
 
 def _phi(x: torch.Tensor) -> torch.Tensor:
