@@ -3,7 +3,8 @@
 A sequence shows `pairs` keys, each followed by its value, and then asks for the keys again in
 another order; at every question the model must name the value (multi-query associative recall,
 https://arxiv.org/abs/2312.04927). Softmax looks the answer up; a form with a state of fixed size
-must have kept it. An average quality can hide that this is lost, so it is measured alone.
+must have kept it. An average quality can hide that this is lost, so it is measured alone. As in
+that paper one model is trained on sequences of all numbers of pairs and tested on each.
 """
 
 from __future__ import annotations
@@ -26,25 +27,28 @@ from passes.substitute import AttentionModule
 from rewriter.record import read_rows, write_rows
 
 KEYS, VALUES = 128, 64  # words that are keys, and words that are values
-SCHEMA = 1
+SCHEMA = 2
 Progress = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained: width and heads of the model, steps of Adam, sequences a step."""
+    """What is trained: width and heads of the model, steps of Adam, sequences a step, for every
+    learning rate and for `seeds` seeds."""
 
-    width: int = 64
-    heads: int = 4
+    width: int = 32
+    heads: int = 2
     layers: int = 1
-    steps: int = 400
+    steps: int = 600
     batch: int = 32
-    rate: float = 1e-2
+    rates: tuple[float, ...] = (1e-2, 5e-3)
     tested: int = 256
-    seed: int = 0
+    seeds: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("width", "heads", "layers", "steps", "batch", "tested"):
+        if not self.rates or not all(0 < rate < 1 for rate in self.rates):
+            raise UsageError(f"rates: give learning rates between 0 and 1, got {self.rates}")
+        for name in ("width", "heads", "layers", "steps", "batch", "tested", "seeds"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if self.width % self.heads:
@@ -53,16 +57,31 @@ class Setup:
 
 @dataclass(frozen=True)
 class Cell:
-    """One model: form, pairs, share of questions answered right on new sequences; `why` it is
-    missing (accuracy None) if the form can not stand in a causal model."""
+    """One test: form, pairs, share of questions answered right on new sequences; `why` it is
+    missing (accuracy None) if the form can not stand in a causal model. `seconds` are those of
+    the form's one model."""
 
     form: str
     pairs: int
     accuracy: float | None
     loss: float | None = None
-    steps: int = 0
+    rate: float = 0.0
+    seed: int = 0
     seconds: float = 0.0
     why: str = ""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A form at one number of pairs: mean, least and largest accuracy over the seeds, at the rate
+    whose mean over all pairs is best."""
+
+    form: str
+    pairs: int
+    mean: float
+    least: float
+    largest: float
+    rate: float
 
 
 def questions(pairs: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -116,37 +135,46 @@ class RecallModel(nn.Module):
         return logits
 
 
-def train_cell(name: str, pairs: int, setup: Setup, progress: Callable[[int, float], None]) -> Cell:
-    """Train one model and test it on sequences it has not seen."""
-    start = time.monotonic()
+def train_form(
+    name: str,
+    pairs: Sequence[int],
+    setup: Setup,
+    rate: float,
+    seed: int,
+    progress: Callable[[int], None],
+) -> list[Cell]:
+    """Train one model on all numbers of pairs by turns; test each on sequences it has not seen."""
+    start, numbers = time.monotonic(), sorted(set(pairs))
     with torch.random.fork_rng():
-        torch.manual_seed(setup.seed)
+        torch.manual_seed(seed)
         try:
-            model = RecallModel(setup, form_named(name), pairs)
+            model = RecallModel(setup, form_named(name), numbers[-1])
         except FormError as error:
-            return Cell(name, pairs, None, why=str(error))
-    draw = torch.Generator().manual_seed(setup.seed)
-    optimiser = torch.optim.AdamW(model.parameters(), setup.rate, weight_decay=0.01, fused=True)
+            return [Cell(name, number, None, why=str(error)) for number in numbers]
+    draw = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01, fused=True)
     for step in range(setup.steps):
         share = step / setup.steps
         for group in optimiser.param_groups:
             fall = 0.5 + 0.5 * math.cos(math.pi * share)
-            group["lr"] = setup.rate * min(1.0, (step + 1) / 50) * fall
-        words, answers = questions(pairs, setup.batch, draw)
-        loss = F.cross_entropy(model(words)[:, -pairs:].flatten(0, 1), answers.flatten() - KEYS)
+            group["lr"] = rate * min(1.0, (step + 1) / 50) * fall
+        number = numbers[step % len(numbers)]
+        words, answers = questions(number, setup.batch, draw)
+        loss = F.cross_entropy(model(words)[:, -number:].flatten(0, 1), answers.flatten() - KEYS)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        progress(step + 1, float(loss.detach()))
-    accuracy, lost = test(model, pairs, setup)
-    return Cell(name, pairs, accuracy, lost, setup.steps, round(time.monotonic() - start, 2))
+        progress(step + 1)
+    tested = [(number, *test(model, number, setup, seed)) for number in numbers]
+    took = round(time.monotonic() - start, 2)
+    return [Cell(name, n, right, lost, rate, seed, took) for n, right, lost in tested]
 
 
 @torch.no_grad()
-def test(model: nn.Module, pairs: int, setup: Setup) -> tuple[float, float]:
+def test(model: nn.Module, pairs: int, setup: Setup, seed: int) -> tuple[float, float]:
     """(share of right answers, mean cross-entropy in nats) on new sequences."""
-    draw = torch.Generator().manual_seed(setup.seed + 1_000_003)
+    draw = torch.Generator().manual_seed(seed + 1_000_003)
     words, answers = questions(pairs, setup.tested, draw)
     logits = torch.cat([model(part)[:, -pairs:] for part in torch.split(words, setup.batch)])
     right = logits.argmax(-1) == answers - KEYS
@@ -166,7 +194,7 @@ def recall(
 
     Args:
         forms: names; pairs: how many keys a sequence shows, each from 1 to 128.
-        record: a JSON file that is written after every model, and gone on from.
+        record: a JSON file that is written after every form, and gone on from.
         progress: called as progress(stage, done, total).
 
     Raises:
@@ -178,26 +206,53 @@ def recall(
     bad = [n for n in pairs if not 1 <= n <= KEYS]
     if bad or not pairs or not forms:
         raise UsageError(f"pairs: give numbers from 1 to {KEYS}, and at least one form; got {bad}")
-    head = _head(setup)
+    head = _head(setup, pairs)
     kept = read_rows(record, head, "cells", lambda row: Cell(**row), "recall", "another setup")
-    done = {(c.form, c.pairs): c for c in kept}
-    wanted = [(f, n) for f in forms for n in pairs]
+    done = {c.form: [k for k in kept if k.form == c.form] for c in kept}
     tell = progress or (lambda *_: None)
-    for index, (form, count) in enumerate(wanted):
-        if (form, count) not in done:
+    runs = [(rate, seed) for rate in setup.rates for seed in range(setup.seeds)]
+    total = len(forms) * len(runs) * setup.steps
+    for index, form in enumerate(forms):
+        if form in done:
+            continue
+        done[form] = []
+        for turn, (rate, seed) in enumerate(runs):
+            before = (index * len(runs) + turn) * setup.steps
 
-            def step(at: int, loss: float, i: int = index, label: str = f"{form} {count}") -> None:
-                tell(label, i * setup.steps + at, len(wanted) * setup.steps)
+            def step(at: int, label: str = form, before: int = before) -> None:
+                tell(label, before + at, total)
 
-            done[form, count] = train_cell(form, count, setup, step)
-            write_rows(record, head, "cells", [asdict(c) for c in done.values()])
-    return [done[key] for key in wanted]
+            done[form] += train_form(form, pairs, setup, rate, seed, step)
+            if done[form][0].why:
+                break
+        cells = [asdict(c) for found in done.values() for c in found]
+        write_rows(record, head, "cells", cells)
+    return [cell for form in forms for cell in done[form]]
+
+
+def scores(cells: Sequence[Cell]) -> list[Score]:
+    """Every form at every number of pairs, at the form's best rate; refused ones are left out."""
+    made = []
+    for name in dict.fromkeys(c.form for c in cells if c.accuracy is not None):
+        own = [c for c in cells if c.form == name]
+        rates = {rate: [_right(c) for c in own if c.rate == rate] for rate in {c.rate for c in own}}
+        best = max(rates, key=lambda rate: (sum(rates[rate]) / len(rates[rate]), rate))
+        for number in sorted({c.pairs for c in own}):
+            found = [_right(c) for c in own if c.pairs == number and c.rate == best]
+            mean = sum(found) / len(found)
+            made.append(Score(name, number, mean, min(found), max(found), best))
+    return made
+
+
+def _right(cell: Cell) -> float:
+    assert cell.accuracy is not None
+    return cell.accuracy
 
 
 def to_json(cells: Sequence[Cell], setup: Setup) -> dict[str, Any]:
     """Plain data."""
-    return {**_head(setup), "cells": [asdict(c) for c in cells]}
+    return {**_head(setup, [c.pairs for c in cells]), "cells": [asdict(c) for c in cells]}
 
 
-def _head(setup: Setup) -> dict[str, Any]:
-    return {"schema": SCHEMA, "setup": asdict(setup)}
+def _head(setup: Setup, pairs: Sequence[int]) -> dict[str, Any]:
+    return {"schema": SCHEMA, "setup": asdict(setup), "pairs": sorted(set(pairs))}

@@ -11,7 +11,7 @@ import torch
 import rewriter.recall
 from passes.errors import UnknownName, UsageError
 from rewriter.cli import run
-from rewriter.recall import KEYS, VALUES, Setup, questions, recall
+from rewriter.recall import KEYS, VALUES, Cell, Setup, questions, recall, scores
 from rewriter.recall_view import picture, table
 
 
@@ -34,46 +34,64 @@ def test_every_answer_is_the_value_shown_with_the_key(pairs: int) -> None:
 
 
 def test_softmax_learns_it_and_a_small_state_can_not_hold_it() -> None:
-    """The state of `elu` here is 2 heads of 2 x 2 numbers, for 32 pairs."""
-    setup = Setup(steps=300, width=32, heads=1)
-    small = Setup(steps=300, width=8, heads=4)
-    exact = recall(["exact"], [4], setup=setup)[0]
-    assert exact.accuracy is not None
-    assert exact.accuracy > 0.9
+    """The state of `elu` here is 4 heads of 2 x 2 numbers, for 32 pairs."""
+    setup = Setup(steps=300, rates=(1e-2,), seeds=1)
+    small = Setup(steps=100, width=8, heads=4, rates=(1e-2,), seeds=1)
+    exact = recall(["exact"], [4, 8], setup=setup)
+    assert [c.pairs for c in exact] == [4, 8]
+    assert all(c.accuracy is not None and c.accuracy > 0.9 for c in exact)
     elu = recall(["elu"], [32], setup=small)[0]
     assert elu.accuracy is not None
     assert 0.0 <= elu.accuracy < 0.5
 
 
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record, setup = tmp_path / "r.json", Setup(steps=3, tested=8)
-    trained: list[tuple[str, int]] = []
-    whole = rewriter.recall.train_cell
+    record, setup = tmp_path / "r.json", Setup(steps=3, tested=8, seeds=1)
+    trained: list[tuple[str, float]] = []
+    whole = rewriter.recall.train_form
 
-    def counted(name: str, pairs: int, *rest: object) -> rewriter.recall.Cell:
-        if len(trained) == 2 and not record.with_suffix(".again").exists():
+    def counted(name: str, pairs: object, setup: Setup, rate: float, *rest: object) -> list[Cell]:
+        if len(trained) == 3 and not record.with_suffix(".again").exists():
             raise KeyboardInterrupt
-        trained.append((name, pairs))
-        return whole(name, pairs, *rest)  # type: ignore[arg-type]
+        trained.append((name, rate))
+        return whole(name, pairs, setup, rate, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(rewriter.recall, "train_cell", counted)
+    monkeypatch.setattr(rewriter.recall, "train_form", counted)
     with pytest.raises(KeyboardInterrupt):
         recall(["exact", "elu"], [2, 3], setup=setup, record=record)
-    assert len(json.loads(record.read_text())["cells"]) == 2
+    assert len(json.loads(record.read_text())["cells"]) == 4  # both rates of exact, no half of elu
     record.with_suffix(".again").touch()
     cells = recall(["exact", "elu"], [2, 3], setup=setup, record=record)
-    assert trained == [("exact", 2), ("exact", 3), ("elu", 2), ("elu", 3)]
-    assert [(c.form, c.pairs) for c in cells] == trained
+    assert trained[3:] == [("elu", 1e-2), ("elu", 5e-3)]
+    assert [(c.form, c.pairs) for c in cells] == [
+        (f, n) for f in ("exact", "elu") for n in (2, 3) * 2
+    ]
     with pytest.raises(UsageError, match="another setup"):
-        recall(["exact"], [2], setup=Setup(steps=4), record=record)
+        recall(["exact"], [2, 3], setup=Setup(steps=4), record=record)
+    with pytest.raises(UsageError, match="another setup"):
+        recall(["exact"], [2], setup=setup, record=record)
 
 
 def test_the_same_seed_gives_the_same_model() -> None:
-    setup = Setup(steps=5, tested=16)
+    setup = Setup(steps=5, tested=16, rates=(1e-2,))
     before = torch.random.get_rng_state()
-    a, b = (recall(["hedgehog"], [4], setup=setup)[0] for _ in range(2))
+    (a, other), (b, _) = (recall(["hedgehog"], [4], setup=setup) for _ in range(2))
     assert a.loss == b.loss
+    assert (a.seed, other.seed) == (0, 1)
+    assert a.loss != other.loss
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_form_is_scored_at_its_best_rate() -> None:
+    right = {(0.1, 0): (0.9, 0.1), (0.1, 1): (0.7, 0.3), (0.2, 0): (1.0, 0.2), (0.2, 1): (0.2, 0.1)}
+    cells = [
+        Cell("a", pairs, accuracy, 0.0, rate, seed)
+        for (rate, seed), both in right.items()
+        for pairs, accuracy in zip((4, 8), both, strict=True)
+    ]
+    easy, hard = scores([*cells, Cell("b", 4, None, why="no")])
+    assert (easy.pairs, easy.mean, easy.least, easy.largest) == (4, 0.8, 0.7, 0.9)
+    assert (hard.pairs, hard.rate) == (8, 0.1)
 
 
 def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,15 +102,17 @@ def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(UsageError, match="not a record"):
         recall(["elu"], [4], record=tmp_path / "bad.json")
-    assert run(["recall", "--forms", "elu", "--pairs", "x"]) == 2
-    assert "--pairs" in capsys.readouterr().err
+    for option, value in (("--pairs", "x"), ("--pairs", "1.5"), ("--rates", "x"), ("--rates", "2")):
+        assert run(["recall", "--forms", "elu", option, value]) == 2
+        assert option.strip("-") in capsys.readouterr().err
 
 
 def test_the_command_line_draws_and_prints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     png = tmp_path / "r.png"
-    command = ["recall", "--forms", "exact,elu", "--pairs", "2,4", "--steps", "2"]
+    command = ["recall", "--forms", "exact,elu", "--pairs", "2,4", "--steps", "2",
+               "--rates", "0.01", "--seeds", "1"]  # fmt: skip
     assert run([*command, "--picture", str(png), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert [(c["form"], c["pairs"]) for c in data["cells"]] == [
@@ -103,8 +123,8 @@ def test_the_command_line_draws_and_prints(
 
 def test_a_refused_form_is_shown_as_refused(tmp_path: Path) -> None:
     cells = [
-        rewriter.recall.Cell("a", 4, 0.5),
-        rewriter.recall.Cell("b", 4, None, why="b can not be causal"),
+        Cell("a", 4, 0.5),
+        Cell("b", 4, None, why="b can not be causal"),
     ]
     picture(cells, tmp_path / "x.png")
     made = table(cells)

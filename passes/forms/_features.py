@@ -179,10 +179,8 @@ def polynomial(y: torch.Tensor, *, low: bool, flat: float = 1.0) -> torch.Tensor
     the d (d + 1) / 2 unordered pairs once, in runs that are contiguous in y.
     """
     d = y.shape[-1]
-    index = torch.arange(d * (d + 1) // 2, device=y.device)
-    first, second = index % d, (index % d + index // d) % d
-    pairs = y[..., first] * y[..., second]
-    pairs = torch.cat([pairs[..., :d] * math.sqrt(0.5), pairs[..., d:]], -1)
+    turned = [y * y.roll(-shift, -1) for shift in range(1, d // 2 + 1)]  # no gather to derive
+    pairs = torch.cat([y.square() * math.sqrt(0.5), *turned], -1)[..., : d * (d + 1) // 2]
     first = torch.full_like(y[..., :1], flat)
     return torch.cat([first, y, pairs] if low else [first, pairs], -1)
 

@@ -13,21 +13,28 @@ from rewriter.cli.output import console, print_json
 
 Forms = Annotated[str, typer.Option("--forms", help="Forms by commas, or all.")]
 Pairs = Annotated[str, typer.Option("--pairs", help="Numbers of pairs, by commas.")]
+Rates = Annotated[
+    str, typer.Option("--rates", help="Learning rates, by commas; the better one is shown.")
+]
 Record = Annotated[
-    Path | None, typer.Option("--record", help="JSON kept after every model; gone on from.")
+    Path | None, typer.Option("--record", help="JSON kept after every form; gone on from.")
 ]
 Picture = Annotated[Path | None, typer.Option("--picture", help="Draw the accuracies (.png).")]
 
 
 def verb(
     forms: Forms = "all",
-    pairs: Pairs = "8,32,64,128",
-    steps: Annotated[int, typer.Option(help="Training steps of each model.", min=1)] = 400,
+    pairs: Pairs = "4,8,16,32,64",
+    steps: Annotated[int, typer.Option(help="Training steps of each model.", min=1)] = 600,
+    rates: Rates = "0.01,0.005",
+    seeds: Annotated[int, typer.Option(help="Models of each form and rate.", min=1)] = 2,
     record: Record = None,
     picture: Picture = None,
     json: o.Json = False,
 ) -> None:
     """Train a small causal model with each form on multi-query associative recall and test it.
+
+    Every model sees all numbers of pairs by turns. A form is shown at the better of the rates.
 
     Example: rewriter recall --forms exact,elu,hedgehog --pairs 8,32 --picture recall.png
     """
@@ -41,9 +48,10 @@ def verb(
     check_file(record, "--record")
     check_file(picture, "--picture")
     names = list(known()) if forms == "all" else _split("--forms", forms)
-    setup = Setup(steps=steps)
+    numbers = [int(n) for n in _numbers("--pairs", pairs)]
+    setup = Setup(steps=steps, rates=tuple(_numbers("--rates", rates)), seeds=seeds)
     with progress_bar("recall") as progress:
-        cells = recall(names, _numbers(pairs), setup=setup, record=record, progress=progress)
+        cells = recall(names, numbers, setup=setup, record=record, progress=progress)
     if picture is not None:
         draw(cells, picture)
     if json:
@@ -61,8 +69,10 @@ def _split(option: str, text: str) -> list[str]:
     return parts
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(option: str, text: str) -> list[float]:
+    """Numbers by commas; whole ones for pairs."""
+    read = int if option == "--pairs" else float
     try:
-        return [int(part) for part in _split("--pairs", text)]
+        return [read(part) for part in _split(option, text)]
     except ValueError as error:
-        raise UsageError(f"--pairs: expected numbers by commas, got {text!r}") from error
+        raise UsageError(f"{option}: expected numbers by commas, got {text!r}") from error
