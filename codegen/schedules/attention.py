@@ -17,7 +17,7 @@ import tvm.s_tir
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from codegen.kernels.attention import MINIMUM, TINY, AttentionFacts, broadcast, facts_of
+from codegen.kernels.attention import MINIMUM, TINY, AttentionFacts, broadcast, facts_of, wide
 from codegen.kernels.tiles import (
     ROWS,
     build,
@@ -34,15 +34,17 @@ from codegen.kernels.tiles import (
     up,
     vectors,
 )
-from codegen.kernels.vector_math import at_least, f32, vexp_weight
+from codegen.kernels.vector_math import at_least, f32, vexp2_weight, vexp_weight
 from codegen.kernels.views import take_layout
 from codegen.rule import Rule
+from codegen.schedules._bounded_softmax import Bounded
 from codegen.schedules._common import threads
 from codegen.target import Target
 
 NAME = "attention"
 TILES = 4  # most row tiles of a task
 MOST_KEYS = 512  # of one block
+_LOG2E = 1.4426950408889634
 
 
 def block_panels(total: int, width: int, l1_bytes: int) -> int:
@@ -81,6 +83,8 @@ class _Kernel:
     bias: Any
     out: Any
     limit: Any = field(default=None, init=False)
+    first_try: Bounded | None = field(default=None, init=False)
+    bounded = True  # whether a bound in place of the maxima is tried first (if no bias is added)
 
     def __post_init__(self) -> None:
         self.lanes = self.target.lanes
@@ -95,6 +99,10 @@ class _Kernel:
         self.block = block_panels(self.panels, self.width, self.target.l1_bytes)
         self.share = tiles_per_task(self.B * self.H, self.tiles, threads(self.target))
         self.columns = panels(self.E, self.lanes)
+        # In base 2, but for a bias that is added: the lowest float must not become -inf.
+        natural = self.facts.bias == "add" or not self.bounded
+        self.scale = self.facts.scale * (1.0 if natural else _LOG2E)
+        self.power = vexp_weight if natural else vexp2_weight
         # Whether each row tile has an own last panel of keys.
         self.ahead = min(
             ([0] if self.facts.causal else [])
@@ -116,6 +124,8 @@ class _Kernel:
         """K panels [B G, S/width, D, width], V panels [B G, E/width, S, width], what is hidden."""
         heads = self.B * self.G
         self.kp = scratch(heads, self.panels, self.D, self.width)
+        if self.bounded and self.facts.bias != "add":
+            self.first_try = Bounded(self)
         self.vp = scratch(heads, len(self.columns), self.panels * self.width, self.width)
         with T.parallel(0, heads * self.panels) as n:
             bg, p = n // self.panels, n % self.panels
@@ -138,6 +148,8 @@ class _Kernel:
                         with T.serial(0, up(whole, self.lanes) - whole) as e:
                             at_e = [bg, at, p * self.width + x, whole + e]
                             T.buffer_store(self.vp, f32(0.0), at_e)
+            if self.first_try is not None:
+                self.first_try.measure(bg, p)
         if self.key_mask is not None or self.ragged:
             self._limits()
 
@@ -179,36 +191,63 @@ class _Kernel:
             # Rows after the last repeat it and are not written back.
             def put(d: Any, i: Any = i) -> None:
                 x = load(self.q, b, h, imin(row + i, self.T - 1), d)
-                T.buffer_store(self.qs, x * f32(self.facts.scale), [i, d])
+                T.buffer_store(self.qs, x * f32(self.scale), [i, d])
 
             vectors(self.D, self.lanes, put)
-            T.buffer_store(self.top, f32(MINIMUM), [i, 0])
-            T.buffer_store(self.sum, f32(0.0), [i, 0])
+        self._zero(number)
+        if self.first_try is None:
+            self._with_maxima(b, h, row, number)
+        else:
+            self.first_try.begin(b * self.G + h // self.group, number * self.rows)
+            self._blocks(b, h, row, number, self._bounded_keys(self.first_try))
+            self.first_try.end(number)
+            with T.If(self.first_try.failed()), T.Then():
+                self._zero(number)
+                self._with_maxima(b, h, row, number)
+        self._finish(b, h, row, number)
+
+    def _zero(self, number: Any) -> None:
+        with T.serial(0, number * self.rows) as i:
             zero = lambda e, i=i: T.buffer_store(self.ot, f32(0.0), [i, e])  # noqa: E731
             vectors(up(self.E, self.lanes), self.lanes, zero)
+
+    def _with_maxima(self, b: Any, h: Any, row: Any, number: Any) -> None:
+        with T.serial(0, number * self.rows) as i:
+            T.buffer_store(self.top, f32(MINIMUM), [i, 0])
+            T.buffer_store(self.sum, f32(0.0), [i, 0])
+        self._blocks(b, h, row, number, self._keys)
+
+    def _blocks(self, b: Any, h: Any, row: Any, number: Any, take: Any) -> None:
+        """take(b, h, row, number, block) for each block of keys that a query of the task sees."""
         begin, end = self._start(row), self._end(row + (number - 1) * self.rows)
         if self.block == self.panels:
-            self._keys(b, h, row, number, _Block(begin, end))
-        else:
-            base = begin // self.block
-            with T.serial(0, imax((end + self.block - 1) // self.block - base, 0)) as turn:
-                low = (base + turn) * self.block
-                high = low + self.block
-                if self.ahead is not None or self.panels % self.block:
-                    high = imin(high, end)
-                if self.facts.window is not None:
-                    low = imax(low, begin)
-                self._keys(b, h, row, number, _Block(low, high))
-        self._finish(b, h, row, number)
+            take(b, h, row, number, _Block(begin, end))
+            return
+        base = begin // self.block
+        with T.serial(0, imax((end + self.block - 1) // self.block - base, 0)) as turn:
+            low = (base + turn) * self.block
+            high = low + self.block
+            if self.ahead is not None or self.panels % self.block:
+                high = imin(high, end)
+            if self.facts.window is not None:
+                low = imax(low, begin)
+            take(b, h, row, number, _Block(low, high))
+
+    def _bounded_keys(self, bounded: Bounded) -> Any:
+        def take(b: Any, h: Any, row: Any, number: Any, block: _Block) -> None:
+            bounded.scores(b, h, row, number, block)
+            self._values(b, h, row, number, block, fading=False)
+
+        return take
 
     def _keys(self, b: Any, h: Any, row: Any, number: Any, block: _Block) -> None:
         """Take the rows of a task through one block of keys."""
         self._scores(b, h, row, number, block)
         with T.serial(0, number) as t, T.serial(0, self.rows) as i:
-            self._softmax(t * self.rows + i, self._seen_by(row, t, block), block)
-        self._values(b, h, row, number, block)
+            self._softmax(t * self.rows + i, self.seen_by(row, t, block), block)
+        self._values(b, h, row, number, block, fading=True)
 
-    def _seen_by(self, row: Any, t: Any, block: _Block) -> Any:
+    def seen_by(self, row: Any, t: Any, block: _Block) -> Any:
         """How many panels of the block row tile t sees."""
         if self.ahead is None:
             return block.last - block.first
@@ -222,7 +261,7 @@ class _Kernel:
             def emit(masked: bool, p: Any = p, t: Any = t, turn: Any = turn) -> None:
                 def put(i: Any, x: Any, s: Any) -> None:
                     if masked:
-                        s = self._masked(b, h, row + t * rows + i, p * width + x, s)
+                        s = self.masked(b, h, row + t * rows + i, p * width + x, s)
                     T.buffer_store(self.sc, s, [t * rows + i, turn * width + x])
 
                 tile(
@@ -237,10 +276,10 @@ class _Kernel:
             if self.ahead is None:
                 emit(True)
             else:
-                with T.If(turn < self._seen_by(row, t, block)), T.Then():
+                with T.If(turn < self.seen_by(row, t, block)), T.Then():
                     emit(True)
 
-    def _masked(self, b: Any, h: Any, i: Any, j: Any, score: Any) -> Any:
+    def masked(self, b: Any, h: Any, i: Any, j: Any, score: Any) -> Any:
         facts, masks = self.facts, []
         if self.bias is not None:
             at = (b, h, imin(i, self.T - 1), imin(j, self.S - 1) if self.ragged else j)
@@ -248,9 +287,7 @@ class _Kernel:
             if facts.bias == "hide":
                 masks.append(value)
             else:
-                score = score + (
-                    value if str(self.bias.dtype) == "float32" else tirx.Cast("float32", value)
-                )
+                score = score + wide(value, str(self.bias.dtype))
         if self.limit is not None:
             most = broadcast(_Call(self.limit), (b, j))
             score = tirx.Select(most < score, most, score)
@@ -268,40 +305,43 @@ class _Kernel:
         with T.serial(0, number) as o:
             with T.vectorized(0, width) as x:
                 j = o * width + x
-                T.buffer_store(self.sc, vexp_weight(self.sc[row, j] - new[0, 0]), [row, j])
+                T.buffer_store(self.sc, self.power(self.sc[row, j] - new[0, 0]), [row, j])
             with T.vectorized(0, width) as x:
                 T.buffer_store(acc, acc[0, x] + self.sc[row, o * width + x], [0, x])
         z = fold(acc, width, lambda a, b: a + b)
         if self.block == self.panels:
             T.buffer_store(self.sum, z, [row, 0])
             return
-        T.buffer_store(self.fade, vexp_weight(self.top[row, 0] - new[0, 0]), [row, 0])
+        T.buffer_store(self.fade, self.power(self.top[row, 0] - new[0, 0]), [row, 0])
         T.buffer_store(self.top, new[0, 0], [row, 0])
         T.buffer_store(self.sum, self.sum[row, 0] * self.fade[row, 0] + z, [row, 0])
 
-    def _values(self, b: Any, h: Any, row: Any, number: Any, block: _Block) -> None:
+    def _values(
+        self, b: Any, h: Any, row: Any, number: Any, block: _Block, *, fading: bool
+    ) -> None:
         bg, rows, start = b * self.G + h // self.group, self.rows, block.first * self.width
         online = self.block != self.panels
         for at, (e0, width) in enumerate(self.columns):
             with T.serial(0, number) as t:
-                keys = self._seen_by(row, t, block) * self.width
+                keys = self.seen_by(row, t, block) * self.width
                 if self.ragged:
                     keys = imin(keys, self.S - start)
                 r0 = t * rows
 
-                def before(i: Any, e: Any, e0: int = e0, r0: Any = r0) -> Any:
-                    return self.ot[r0 + i, e0 + e] * self.fade[r0 + i, 0]
+                def put(i: Any, e: Any, o: Any, e0: int = e0, r0: Any = r0) -> None:
+                    # Added at the end: were it the start, LLVM would keep all tiles in registers.
+                    if online:
+                        old = self.ot[r0 + i, e0 + e]
+                        o = o + (old * self.fade[r0 + i, 0] if fading else old)
+                    T.buffer_store(self.ot, o, [r0 + i, e0 + e])
 
                 tile(
                     lambda i, k, r0=r0: self.sc[r0 + i, k],  # type: ignore[misc]
                     lambda k, e, at=at: self.vp[bg, at, start + k, e],  # type: ignore[misc]
                     keys,
-                    lambda i, e, o, e0=e0, r0=r0: T.buffer_store(  # type: ignore[misc]
-                        self.ot, o, [r0 + i, e0 + e]
-                    ),
+                    put,
                     rows=rows,
                     width=width,
-                    start=before if online else None,
                 )
 
     def _finish(self, b: Any, h: Any, row: Any, number: Any) -> None:

@@ -72,10 +72,14 @@ def _parallel(sch: Any, blocks: Blocks, tiles: list[Any], panel: Any, target: Ta
 
 
 def row_parallel(sch: Any, tiles: list[Any], panel: Any, target: Target) -> Any:
-    """As `dense` for packed panels: parallel over row tiles or panels; the loop over tiles."""
+    """As `dense` for packed panels: parallel over row tiles or panels; the loop over tiles.
+
+    Where both load the threads alike, over panels: each thread then fetches its own part of the
+    weight, which the caches seldom still hold from the last inference, and uses it for all rows.
+    """
     rows, panels = [extent(sch, t) for t in tiles], [extent(sch, panel)]
     sch.reorder(panel, *tiles)
-    if chunk_cost(panels, target) < chunk_cost(rows, target):
+    if chunk_cost(panels, target) <= chunk_cost(rows, target):
         parallel_chunks(sch, [panel], target)
         return fuse_all(sch, tiles)
     return _chunks_of_rows(sch, tiles, panel, target)

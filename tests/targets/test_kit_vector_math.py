@@ -38,6 +38,7 @@ def sample(low: float, high: float) -> np.ndarray:
     [
         ("vexp", np.exp, -87.3, 88.7, 2e-7),
         ("vexp_nonpositive", np.exp, -87.3, 0.0, 2e-7),
+        ("vexp2_weight", np.exp2, -126.0, 126.0, 2e-7),
         ("verf", np.vectorize(math.erf), -6.0, 6.0, 5e-7),
         ("vtanh", np.tanh, -12.0, 12.0, 5e-7),
     ],

@@ -1,0 +1,110 @@
+"""Softmax without the maximum of a row, where a bound of its logits will do.
+
+|q| |k| bounds every logit, so a row can start from c = max(bound - ROOM, 0) in place of its
+maximum: no power of two overflows, and exponentials are taken of the scores while they are in
+registers. What is lost is a logit more than about 126 below c. A row shows that by its sum, and the
+task is then done again with the true maxima (`attention`). All logits are in base 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from codegen.kernels.tiles import fill, fold, reduce_row, scratch, tile, vectors
+from codegen.kernels.vector_math import f32, vexp2_weight
+
+ROOM = 80.0  # sums of 2^80 are far from overflow, values included
+LOW, HIGH = 2.0**-90, 2.0**110  # sums of a row whose small terms were kept, and that is finite
+
+
+class Bounded:
+    """The first try of one kernel's tasks; `kernel` has its sizes and buffers."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.squares = scratch(kernel.B * kernel.G, kernel.panels * kernel.width)
+
+    def measure(self, bg: Any, p: Any) -> None:
+        """Squared lengths of the keys of one packed panel."""
+        kernel, width = self.kernel, self.kernel.width
+        acc = scratch(1, width)
+        fill(acc, 1, width)
+        with T.serial(0, kernel.D) as d, T.vectorized(0, width) as x:
+            key = kernel.kp[bg, p, d, x]
+            T.buffer_store(acc, acc[0, x] + key * key, [0, x])
+        with T.vectorized(0, width) as x:
+            T.buffer_store(self.squares, acc[0, x], [bg, p * width + x])
+
+    def begin(self, bg: Any, rows: Any) -> None:
+        """Scratch of a task; from where each of its rows starts."""
+        kernel, width = self.kernel, self.kernel.width
+        most = kernel.share * kernel.rows
+        self.start, self.parts = scratch(most, 1), scratch(most, width)
+        self.fine, longest = scratch(1, 1), scratch(1, 1)
+        total = kernel.panels * width
+        peak = reduce_row(total, width, lambda j: self.squares[bg, j], tirx.max, 0.0)
+        T.buffer_store(longest, peak, [0, 0])
+        lanes = kernel.lanes if kernel.D % kernel.lanes == 0 else 1
+        with T.serial(0, rows) as i:
+            acc = scratch(1, lanes)
+            fill(acc, 1, lanes)
+            with T.serial(0, kernel.D // lanes) as o, T.vectorized(0, lanes) as x:
+                value = kernel.qs[i, o * lanes + x]
+                T.buffer_store(acc, acc[0, x] + value * value, [0, x])
+            bound = tirx.sqrt(fold(acc, lanes, lambda a, b: a + b) * longest[0, 0])
+            T.buffer_store(self.start, tirx.min(f32(ROOM) - bound, f32(0.0)), [i, 0])
+            with T.vectorized(0, width) as x:
+                T.buffer_store(self.parts, f32(0.0), [i, x])
+
+    def scores(self, b: Any, h: Any, row: Any, number: Any, block: Any) -> None:
+        """Exponentials of one block's scores, straight from the register tiles, and their sums."""
+        kernel, rows, width = self.kernel, self.kernel.rows, self.kernel.width
+        bg = b * kernel.G + h // kernel.group
+        with T.serial(0, block.last - block.first) as turn, T.serial(0, number) as t:
+            p, r0 = block.first + turn, t * rows
+
+            def put(i: Any, x: Any, s: Any) -> None:
+                at = [r0 + i, turn * width + x]
+                s = kernel.masked(b, h, row + r0 + i, p * width + x, s)
+                T.buffer_store(kernel.sc, s, at)
+                T.buffer_store(kernel.sc, vexp2_weight(kernel.sc[tuple(at)]), at)
+                total = self.parts[r0 + i, x] + kernel.sc[tuple(at)]
+                T.buffer_store(self.parts, total, [r0 + i, x])
+
+            def emit() -> None:
+                tile(
+                    lambda i, d: kernel.qs[r0 + i, d],
+                    lambda d, x: kernel.kp[bg, p, d, x],
+                    kernel.D,
+                    put,
+                    rows=rows,
+                    width=width,
+                    start=lambda i, x: self.start[r0 + i, 0],
+                )
+
+            if kernel.ahead is None:
+                emit()
+            else:
+                with T.If(turn < kernel.seen_by(row, t, block)), T.Then():
+                    emit()
+
+    def end(self, number: Any) -> None:
+        """Sums of the rows, and whether all of them are fine."""
+        kernel = self.kernel
+        T.buffer_store(self.fine, f32(1.0), [0, 0])
+        with T.serial(0, number * kernel.rows) as i:
+            acc = scratch(1, kernel.width)
+            vectors(
+                kernel.width, kernel.width, lambda x: T.buffer_store(acc, self.parts[i, x], [0, x])
+            )
+            T.buffer_store(kernel.sum, fold(acc, kernel.width, lambda a, b: a + b), [i, 0])
+            z = kernel.sum[i, 0]
+            good = tirx.all(z >= f32(LOW), z <= f32(HIGH))
+            T.buffer_store(self.fine, tirx.Select(good, self.fine[0, 0], f32(0.0)), [0, 0])
+
+    def failed(self) -> Any:
+        """Whether the task must be done again."""
+        return self.fine[0, 0] < f32(1.0)
