@@ -1,9 +1,8 @@
 """Rule ``row_attention``: softmax attention with a change of each row, in the tiles of `attention`.
 
 A task takes eight queries of one head: all their scores (in registers, panel by panel), then the
-change row by row, then the values. ``clip`` and ``mix`` multiply weights and values in register
-tiles; ``top`` reads the values of the chosen keys alone. The row's limit is found by bisection over
-the bits of the distances below the row's maximum, which stops once it separates enough keys.
+change row by row, then the values in register tiles. ``top`` searches a limit for each row
+(codegen/schedules/_top.py).
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels.attention import MINIMUM, AttentionFacts, broadcast, facts_of
-from codegen.kernels.row_attention import FINITE, ROUNDS, RowFacts
-from codegen.kernels.tiles import build, imax, imin, load, reduce_row, scratch, tile, vectors
+from codegen.kernels.row_attention import RowFacts
+from codegen.kernels.tiles import build, imin, reduce_row, scratch, tile
 from codegen.kernels.vector_math import at_least, at_most, f32, vexp_nonpositive, vexp_weight
 from codegen.kernels.views import take_layout
 from codegen.rule import Rule
+from codegen.schedules._top import LARGE, Row
 from codegen.schedules.attention import _Block, _Call, _Kernel
 from codegen.target import Target
 
@@ -31,7 +31,6 @@ class _Whole(_Kernel):
     """A kernel whose only block holds all keys of a task's one row tile."""
 
     change: RowFacts
-    bounded = False
 
     def start(self, change: RowFacts) -> None:
         """Write it."""
@@ -75,7 +74,7 @@ class _Sum(_Whole):
 class _Product(_Whole):
     """Products of features times factors, as they are."""
 
-    def masked(self, b: Any, h: Any, i: Any, j: Any, score: Any) -> Any:
+    def _masked(self, b: Any, h: Any, i: Any, j: Any, score: Any) -> Any:
         at = (b, h, imin(i, self.T - 1), imin(j, self.S - 1) if self.ragged else j)
         weight = score * broadcast(_Call(self.bias), at)
         if self.limit is None:
@@ -109,7 +108,7 @@ class _Mix(_Whole):
 
                 def put(i: Any, x: Any, s: Any, into: Any = into) -> None:
                     at = (block.first + turn) * self.width + x
-                    s = self.masked(b, h, row + i, at, s)
+                    s = self._masked(b, h, row + i, at, s)
                     T.buffer_store(into, s, [i, turn * self.width + x])
 
                 tile(
@@ -155,150 +154,45 @@ class _Mix(_Whole):
 
 
 class _Top(_Whole):
-    """Only the best keys of each row, and what the others weigh together."""
+    """The best keys of each row count one by one; with `rest` the others share what they weigh.
 
-    def write(self) -> None:
-        if self.change.rest:
-            self._prefix()
-        super().write()
-
-    def _prefix(self) -> None:
-        """Sums of the visible values before key j (without a causal mask: of all), their number."""
-        causal, heads = self.facts.causal, self.B * self.G
-        places = self.S + 1 if causal else 1
-        self.past, self.seen = scratch(heads, places, self.E), scratch(self.B, places)
-        with T.parallel(0, heads) as bg:
-            vectors(self.E, self.lanes, lambda e: T.buffer_store(self.past, f32(0.0), [bg, 0, e]))
-            with T.serial(0, self.S) as j:
-
-                def add(e: Any, j: Any = j) -> None:
-                    value = self._if_seen(
-                        bg // self.G, j, load(self.v, bg // self.G, bg % self.G, j, e)
-                    )
-                    old, new = (j, j + 1) if causal else (0, 0)
-                    T.buffer_store(self.past, self.past[bg, old, e] + value, [bg, new, e])
-
-                vectors(self.E, self.lanes, add)
-        with T.serial(0, self.B) as b:
-            T.buffer_store(self.seen, f32(0.0), [b, 0])
-            with T.serial(0, self.S) as j:
-                old, new = (j, j + 1) if causal else (0, 0)
-                one = self._if_seen(b, j, f32(1.0))
-                T.buffer_store(self.seen, self.seen[b, old] + one, [b, new])
-
-    def _if_seen(self, b: Any, j: Any, value: Any) -> Any:
-        if self.key_mask is None:
-            return value
-        return tirx.Select(broadcast(_Call(self.key_mask), (b, j)), value, f32(0.0))
+    The row becomes its weights, so values are multiplied as ever: reading those of the best alone
+    costs more, up to some thousand keys (a register tile takes a key in two cycles).
+    """
 
     def _keys(self, b: Any, h: Any, row: Any, number: Any, block: _Block) -> None:
         self._scores(b, h, row, number, block)
-        panels = self.seen_by(row, 0, block)
+        panels = self._seen_by(row, 0, block)
         self.weights = scratch(1, self.panels * self.width)
-        self.chosen, self.number = _ints(self.S + 1), _ints(1)
         with T.serial(0, self.rows) as i:
             self._choose(i, panels, imin(panels * self.width, self.S))
-            self._take(b, h, i, block.first * self.width)
-            if self.change.rest:
-                self._remainder(b, h, imin(row + i, self.T - 1), i, panels)
+        self._values(b, h, row, number, block)
 
     def _choose(self, i: Any, panels: Any, keys: Any) -> None:
-        """Weights of all keys, and the list of the best."""
-        some, sc, number = min(self.change.best, self.S), self.sc, self.number
-        length, peak = self._length(panels), scratch(1, 1)
-        high = reduce_row(length, self.width, lambda j: sc[i, j], tirx.max, MINIMUM)
-        T.buffer_store(peak, high, [0, 0])
-        self._each(panels, lambda j: peak[0, 0] - sc[i, j], sc, i)
-        self._each(panels, lambda j: vexp_weight(f32(0.0) - sc[i, j]), self.weights, 0)
-        limit, whole = self._limit(i, length, some)
-        T.buffer_store(number, _i32(0), [0])
-        with T.serial(0, keys) as j, T.If(_bits(sc[i, j]) <= whole), T.Then():
-            self._add(j)
-        with T.If(number[0] < some), T.Then(), T.serial(0, keys) as j:
-            equal = tirx.all(_bits(sc[i, j]) == limit, number[0] < some)
-            with T.If(equal), T.Then():
-                self._add(j)
+        some, sc, weights = min(self.change.best, self.S), self.sc, self.weights
 
-    def _add(self, j: Any) -> None:
-        T.buffer_store(self.chosen, j, [self.number[0]])
-        T.buffer_store(self.number, self.number[0] + 1, [0])
+        def put(j: Any, value: Any) -> None:
+            T.buffer_store(sc, value, [i, j])
 
-    def _limit(self, i: Any, length: Any, some: int) -> tuple[Any, Any]:
-        """(bits of the some-th smallest distance, those up to which all keys are taken)."""
-        low, high, half, whole = (_ints(1) for _ in range(4))
-        count = scratch(1, 1)
-        T.buffer_store(low, _i32(0), [0])
-        T.buffer_store(high, _i32(FINITE), [0])
-        T.buffer_store(whole, _i32(-1), [0])
-        with T.serial(0, ROUNDS), T.If(low[0] < high[0]), T.Then():
-            T.buffer_store(half, low[0] + ((high[0] - low[0]) >> _i32(1)), [0])
-
-            def near(j: Any) -> Any:
-                return tirx.Select(_bits(self.sc[i, j]) <= half[0], f32(1.0), f32(0.0))
-
-            got = reduce_row(length, self.width, near, lambda a, b: a + b, 0.0)
-            T.buffer_store(count, got, [0, 0])
-            with T.If(count[0, 0] < f32(float(some))):
-                with T.Then():
-                    T.buffer_store(low, half[0] + 1, [0])
-                with T.Else():
-                    T.buffer_store(high, half[0], [0])
-                    with T.If(count[0, 0] == f32(float(some))), T.Then():
-                        T.buffer_store(low, half[0], [0])
-                        T.buffer_store(whole, half[0], [0])
-        return high[0], imax(whole[0], high[0] - 1)
-
-    def _take(self, b: Any, h: Any, i: Any, start: Any) -> None:
-        """Sum the weighted values of the chosen keys; their weights are 0 from then on."""
-        weight, total = scratch(1, 1), scratch(1, 1)
-        self.left = scratch(1, self.E)
-        T.buffer_store(total, f32(0.0), [0, 0])
-        vectors(self.E, self.lanes, lambda e: T.buffer_store(self.left, f32(0.0), [0, e]))
-        with T.serial(0, self.number[0]) as n:
-            j = self.chosen[n]
-            T.buffer_store(weight, self.weights[0, j], [0, 0])
-            T.buffer_store(self.weights, f32(0.0), [0, j])
-            T.buffer_store(total, total[0, 0] + weight[0, 0], [0, 0])
-
-            def add(e: Any, key: Any = start + j) -> None:
-                value = load(self.v, b, h // self.group, key, e)
-                T.buffer_store(self.ot, self.ot[i, e] + weight[0, 0] * value, [i, e])
-                if self.change.rest:
-                    T.buffer_store(self.left, self.left[0, e] + value, [0, e])
-
-            vectors(self.E, self.lanes, add)
-        T.buffer_store(self.sum, total[0, 0], [i, 0])
-
-    def _remainder(self, b: Any, h: Any, token: Any, i: Any, panels: Any) -> None:
-        """Add the weight of the keys that were not chosen times the mean of their values."""
-        bg, end, rest, share = b * self.G + h // self.group, 0, scratch(1, 1), scratch(1, 1)
-        if self.facts.causal:
-            end = imax(imin(token + self.offset + 1, self.S), 0)
-        total = reduce_row(
-            self._length(panels), self.width, lambda j: self.weights[0, j], lambda a, c: a + c, 0.0
+        share = some / (0.6 * self.S if self.facts.causal else self.S)
+        row = Row(panels, self.width, lambda j: sc[i, j], put, share)
+        row.distances(lambda j, w: T.buffer_store(weights, w, [0, j]))
+        best = row.limit(some)
+        best.fill_up(keys)
+        zero = f32(0.0)
+        top, rest = row.totals(
+            lambda j: tirx.Select(best.has(j), weights[0, j], zero),
+            lambda j: tirx.Select(best.has(j), zero, weights[0, j]),
         )
-        T.buffer_store(rest, total, [0, 0])
-        others = self.seen[b, end] - tirx.Cast("float32", self.number[0])
-        T.buffer_store(share, rest[0, 0] / at_least(others, 1.0), [0, 0])
+        part = rest[0, 0] if self.change.rest else zero
+        T.buffer_store(self.sum, top[0, 0] + part, [i, 0])
+        T.buffer_store(top, part / at_least(row.seen[0, 0] - best.count[0, 0], 1.0), [0, 0])
 
-        def add(e: Any) -> None:
-            value = (self.past[bg, end, e] - self.left[0, e]) * share[0, 0]
-            T.buffer_store(self.ot, self.ot[i, e] + value, [i, e])
+        def weight(j: Any) -> None:
+            other = tirx.Select(row.at(j) < f32(LARGE), top[0, 0], zero)
+            row.put(j, tirx.Select(best.has(j), weights[0, j], other))
 
-        vectors(self.E, self.lanes, add)
-        T.buffer_store(self.sum, self.sum[i, 0] + rest[0, 0], [i, 0])
-
-
-def _ints(n: int) -> Any:
-    return T.sblock_alloc_buffer((n,), "int32")
-
-
-def _i32(value: int) -> Any:
-    return tirx.const(value, "int32")
-
-
-def _bits(x: Any) -> Any:
-    return tirx.reinterpret("int32", x)
+        row.each(weight)
 
 
 _KERNELS: dict[str, type[_Whole]] = {

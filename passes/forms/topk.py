@@ -46,8 +46,10 @@ class Topk(Form):
 
     With `rest` the remaining keys keep their exact weight together and stand with the plain mean
     of their values, so a flat head keeps its average; without it the weights of the best sum to
-    one. All logits are computed and ranked exactly (the paper finds the best by an index), values
-    are read for the best alone. k at least the number of keys is softmax.
+    one. k at least the number of keys is softmax. All logits are computed and ranked exactly (the
+    paper finds the best by an index), so nothing is saved: compiled it takes 1.15 to 1.4 times the
+    time of exact attention from 1024 to 8192 tokens, and is there to see how few keys a model
+    needs. `block_summary` saves the work.
     """
 
     name = "topk"
@@ -171,7 +173,9 @@ class Topk(Form):
         return float(gap.min()) if gap.numel() else float("inf")
 
     def ops(self, site: AttentionSite) -> OpCount:
-        """Closed count, k = min(best, S).
+        """Closed count, k = min(best, S), of bisection and of reading the best values alone.
+
+        (The schedule needs fewer rounds, and multiplies whole rows of weights, which is faster.)
 
         scale and scores  as exact attention: mul B*H*T*D, mul and add B*H*T*S*D
         bias, masks       add and select B*H*T*S, where there are any

@@ -123,6 +123,39 @@ def test_equal_scores_fill_the_list_and_no_more(rest: bool) -> None:
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
 
 
+ROWS = {
+    "peaked": lambda rng, n: 40 * rng.normal(size=n),
+    "heavy tails": lambda rng, n: rng.standard_cauchy(size=n),
+    "two heaps": lambda rng, n: np.where(rng.random(n) < 0.05, 20.0, 0.0) + rng.normal(size=n),
+    "one far below": lambda rng, n: np.where(np.arange(n) == 3, -1e20, rng.normal(size=n)),
+    "steps": lambda rng, n: rng.integers(0, 4, size=n),
+    "equal": lambda rng, n: np.zeros(n),
+    "almost equal": lambda rng, n: 1e-6 * rng.normal(size=n),
+}
+
+
+@pytest.mark.parametrize("rest", [False, True])
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_search_ends_at_the_right_keys(rows: str, rest: bool) -> None:
+    """Logits of many shapes; of equal ones the first count."""
+    keys, best, rng = 333, 17, np.random.default_rng()
+    case = Case(H=1, G=1, T=1, S=keys, D=1, E=8)
+    arrays = trial("exact", case, rng).arrays
+    arrays["q"][:] = 1.0
+    arrays["k"][0, 0, :, 0] = ROWS[rows](rng, keys)
+    form = form_named("topk", {"best": best, "rest": rest})
+    got, v = Trial(form, case, arrays, {}).run()[0, 0, 0], arrays["v"][0, 0].astype("float64")
+    logits = arrays["k"][0, 0, :, 0].astype("float64")
+    chosen = np.zeros(keys, bool)
+    chosen[np.argsort(-logits, kind="stable")[:best]] = True
+    e = np.exp(logits - logits.max())
+    want = e[chosen] @ v[chosen]
+    total = e[chosen].sum()
+    if rest:
+        want, total = want + e[~chosen].sum() * v[~chosen].mean(0), e.sum()
+    np.testing.assert_allclose(got, want / total, atol=2e-5, rtol=0)
+
+
 def test_margin_is_the_gap_at_the_border() -> None:
     form, at = form_named("topk", {"best": 1}), site(B=1, H=1, G=1, T=1, S=3, D=1, scale=1.0)
     q, k = torch.ones(1, 1, 1, 1), torch.tensor([0.0, 5.0, 3.0])[None, None, :, None]
