@@ -31,6 +31,7 @@ class _Whole(_Kernel):
     """A kernel whose only block holds all keys of a task's one row tile."""
 
     change: RowFacts
+    bounded = False
 
     def start(self, change: RowFacts) -> None:
         """Write it."""
@@ -74,7 +75,7 @@ class _Sum(_Whole):
 class _Product(_Whole):
     """Products of features times factors, as they are."""
 
-    def _masked(self, b: Any, h: Any, i: Any, j: Any, score: Any) -> Any:
+    def masked(self, b: Any, h: Any, i: Any, j: Any, score: Any) -> Any:
         at = (b, h, imin(i, self.T - 1), imin(j, self.S - 1) if self.ragged else j)
         weight = score * broadcast(_Call(self.bias), at)
         if self.limit is None:
@@ -108,7 +109,7 @@ class _Mix(_Whole):
 
                 def put(i: Any, x: Any, s: Any, into: Any = into) -> None:
                     at = (block.first + turn) * self.width + x
-                    s = self._masked(b, h, row + i, at, s)
+                    s = self.masked(b, h, row + i, at, s)
                     T.buffer_store(into, s, [i, turn * self.width + x])
 
                 tile(
@@ -162,11 +163,11 @@ class _Top(_Whole):
 
     def _keys(self, b: Any, h: Any, row: Any, number: Any, block: _Block) -> None:
         self._scores(b, h, row, number, block)
-        panels = self._seen_by(row, 0, block)
+        panels = self.seen_by(row, 0, block)
         self.weights = scratch(1, self.panels * self.width)
         with T.serial(0, self.rows) as i:
             self._choose(i, panels, imin(panels * self.width, self.S))
-        self._values(b, h, row, number, block)
+        self._values(b, h, row, number, block, fading=False)
 
     def _choose(self, i: Any, panels: Any, keys: Any) -> None:
         some, sc, weights = min(self.change.best, self.S), self.sc, self.weights
