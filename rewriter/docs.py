@@ -69,6 +69,8 @@ def _forms_sections(rows: list[dict[str, Any]]) -> list[str]:
             "",
             f"## {row['name']}",
             "",
+            row["about"],
+            "",
             f"- **Formula**: `{row['formula']}`",
             f"- **Kind**: {row['family']}, {kind}; needs {row['needs']}",
             f"- **Cost**: {told_cost(row['cost'])}",

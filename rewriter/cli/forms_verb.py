@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -163,6 +164,7 @@ def form_rows() -> list[dict[str, Any]]:
                 "fidelity": fidelity(name),
                 "carries": _carries(form),
                 "formula": cls.formula,
+                "about": inspect.getdoc(cls),
                 "paper": f"{paper.authors} {paper.year}, {paper.title}",
                 "link": paper.link,
                 "options": {f.name: f.default for f in dataclasses.fields(cls.Config)},
