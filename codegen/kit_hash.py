@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from codegen.kernels import angular, hamming
+from codegen.kernels import angular, hamming, table_attention
 from passes.errors import LoweringError
 
 
@@ -50,6 +50,38 @@ class HashKernels:
             return angular.define(facts, *tensors)
 
         return self._te(define, args, "angular_attention", "angular_attention", facts)
+
+    def table_attention(
+        self: Any,
+        cq: Any,
+        ck: Any,
+        v: Any,
+        table: Any,
+        *,
+        key_mask: Any = None,
+        conv: Any = None,
+        causal: bool,
+        bits: int,
+        common: bool = False,
+    ) -> Any:
+        """sum_j w_ij v_j / sum_j w_ij with w = exp(table[h, count]): [B, H, T, E] in v's dtype.
+
+        cq [B, H, T, W], ck [B, G, S, W] uint32, v [B, G, S, E], table [H, bits + 1] float32 (the
+        largest of a head becomes weight 1), key_mask [B or 1, S] bool. The count of a pair is that
+        of the bits of cq xor ck, or with `common` of cq and ck. `conv` [G, taps] adds a
+        convolution over the values around a token (T = S). With `causal` query i sees keys
+        j <= i + S - T. A query that sees no key gives 0.
+        """
+        v, table = self._data(v=v, table=table)
+        rest = [self.builder.normalize(x) for x in (key_mask, conv) if x is not None]
+        args = [self.builder.normalize(cq), self.builder.normalize(ck), v, table, *rest]
+        taps = 0 if conv is None else self.width(conv)
+        facts = table_attention.TableFacts(bits, common, causal, key_mask is not None, taps)
+
+        def define(*tensors: Any) -> Any:
+            return table_attention.define(facts, *tensors)
+
+        return self._te(define, args, "table_attention", "table_attention", facts.to_json())
 
     def hamming_attention(
         self: Any,

@@ -11,9 +11,12 @@ from codegen.schedules._gpu import bind_stage
 from codegen.target import Target
 
 
+_WHOLE = ("hash_codes", "sign_codes", "angular_attention", "table_attention")
+
+
 def apply(func: Any, target: Target) -> Any | None:
     """For the kernels of codegen/kernels/hamming.py and angular.py that are not causal."""
-    if all(facts_of(func, n) is None for n in ("hash_codes", "sign_codes", "angular_attention")):
+    if all(facts_of(func, n) is None for n in _WHOLE):
         facts = facts_of(func, "hamming_attention")
         if facts is None or facts["causal"]:
             return None

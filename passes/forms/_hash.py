@@ -94,6 +94,22 @@ def projections(x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
     return (kernel @ p["mix"]).reshape(batch, heads, rows, -1)
 
 
+def above(x: Tensor, threshold: Tensor) -> Tensor:
+    """u [B, H, N, D] of rows x: channels of the row of length one less their head's threshold.
+
+    threshold [G]; a code bit is set where u > 0.
+    """
+    level = threshold.to(accumulate_dtype(x.dtype))
+    level = level.repeat_interleave(x.shape[1] // len(level))
+    return unit(x) - level[:, None, None]
+
+
+def mean_channels(samples: Sequence[tuple[Tensor, Tensor, Tensor | None]], groups: int) -> Tensor:
+    """The mean channel [G] of all normalised queries and keys: the threshold of `above`."""
+    rows = [unit(x).transpose(0, 1).reshape(groups, -1) for q, k, _ in samples for x in (q, k)]
+    return torch.cat(rows, 1).mean(1)
+
+
 def words(bits: int) -> int:
     """32-bit words of a packed code."""
     return -(-bits // 32)

@@ -132,19 +132,13 @@ class ShiftAdd(Form):
             known = {n: params[n] for n in _hash.NAMES}
             bits = self.options.bits
             return learn(known, samples, bits, shared=site.shared, seed=seed, warm=warm)
-        groups = params["conv"].shape[0]
-        rows = [
-            _hash.unit(x).transpose(0, 1).reshape(groups, -1) for q, k, _ in samples for x in (q, k)
-        ]
-        return {"threshold": torch.cat(rows, 1).mean(1)}
+        return {"threshold": _hash.mean_channels(samples, site.dims.G)}
 
     def _projections(self, x: Tensor, params: Params) -> Tensor:
         """u [B, H, N, b], positive where the code is 1."""
         if self.options.quantiser == "hash":
             return _hash.projections(x, params)
-        level = params["threshold"].to(accumulate_dtype(x.dtype))
-        level = level.repeat_interleave(x.shape[1] // len(level))
-        return _hash.unit(x) - level[:, None, None]
+        return _hash.above(x, params["threshold"])
 
     def codes(self, x: Tensor, params: Params) -> Tensor:
         """Codes 0 and 1 [B, H, N, b], with straight-through gradients where 0 < u < 1."""
