@@ -3,7 +3,8 @@
 The model is traced again with ``input_ids`` and ``position_ids`` [B, T] for T new tokens (1, or a
 chunk of a prompt). Each site's softmax is replaced by one op
 ``rewriter_forms::attnstep_<form>(q, k, v, state, position, params, spec) -> [out, *new state]``
-with the form, parameters and weights of the rewritten model. The mask of the new trace is not
+with the form, parameters and weights of the rewritten model, whose linear forms stand at the same
+layers. The mask of the new trace is not
 used: positions and the state say which tokens are seen, as `Streaming.streams` demands.
 """
 
@@ -27,6 +28,8 @@ from passes.canonicalise import canonicalise
 from passes.decode_form import StateSpec, Streaming
 from passes.errors import FormError, LoweringError, ModelError, RewriterError
 from passes.find import find
+from passes.linear_seal import seal_linears
+from passes.linears import linear_modules
 from passes.seal import _LIBRARY, NAMESPACE, NOTES, _drop_dropout, read_spec
 from passes.site import AttentionSite
 from passes.substitute import AttentionModule, Rewritten
@@ -122,7 +125,7 @@ def seal_step(model: Any, rewritten: Rewritten, *, tokens: int, length: int) -> 
         rewritten: says the batch size, and every site's form, parameters and weights.
 
     Raises:
-        ModelError: a forward without those inputs, or whose attention differs by length.
+        ModelError: a forward without those inputs, or whose layers differ by length.
         FormError: a site that can not go token by token, named with the reason.
         LoweringError: torch can not export the step.
     """
@@ -131,6 +134,7 @@ def seal_step(model: Any, rewritten: Rewritten, *, tokens: int, length: int) -> 
     sites = _sites(traced, rewritten)
     module = GraphModule(traced.module, copy.deepcopy(traced.module.graph))
     _take_weights(module, rewritten.module)
+    seal_linears(module, linear_modules(rewritten.module))
     states = _rewire(module, sites, rewritten, length)
     program = _export(module.eval(), traced, states)
     return SealedStep(program, tokens, length, tuple(states))
@@ -139,8 +143,6 @@ def seal_step(model: Any, rewritten: Rewritten, *, tokens: int, length: int) -> 
 def check_streams(rewritten: Rewritten) -> None:
     """`FormError` that names every site which can not go token by token, and why."""
     lines = []
-    if rewritten.plan.linears:  # the step is traced anew from the original's own layers
-        lines.append(f"  linear layers: {', '.join(rewritten.plan.linears)} were rewritten")
     for site in rewritten.sites:
         form = rewritten.attention(site.id).form
         if not isinstance(form, Streaming):

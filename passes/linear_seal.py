@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
+from passes.errors import ModelError
 from passes.linear_form import LinearForm, LinearSpec, linear_form_named
-from passes.linears import LinearModule
+from passes.linear_layers import find_linears
+from passes.linears import LinearModule, replace_linear
 
 NAMESPACE, PREFIX = "rewriter_linears", "linform_"
 _SCHEMA = "(Tensor x, Tensor[] tensors, str spec) -> Tensor"
@@ -63,6 +67,24 @@ def _eager(x: Tensor, tensors: list[Tensor], spec: str) -> Tensor:
 
 def _fake(x: Tensor, tensors: list[Tensor], spec: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], read_linear(spec)[1].outputs))
+
+
+def seal_linears(module: GraphModule, modules: Mapping[str, LinearModule]) -> None:
+    """Put `modules` (by layer id) sealed at the layers of another trace of their model, in place.
+
+    Raises:
+        ModelError: a layer that this trace does not have.
+    """
+    layers = {layer.id: layer for layer in find_linears(module)}
+    missing = [i for i in modules if i not in layers]
+    if missing:
+        raise ModelError(
+            f"the model has no linear layer {missing[0]!r} when it runs on few tokens; leave it "
+            "as it is (linear='form,pattern')"
+        )
+    nodes = {node.name: node for node in module.graph.nodes}
+    for i, made in modules.items():
+        replace_linear(module, nodes[layers[i].node], layers[i], SealedLinear(made))
 
 
 class SealedLinear(nn.Module):

@@ -129,7 +129,7 @@ def put_linears(
     ]
     nodes = {node.name: node for node in module.graph.nodes}
     for layer, new in made:
-        _replace(module, nodes[layer.node], layer, new)
+        replace_linear(module, nodes[layer.node], layer, new)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
@@ -156,7 +156,8 @@ def _module(
     return made.to(weight.device).train(module.training)
 
 
-def _replace(module: GraphModule, node: Node, layer: LinearLayer, new: LinearModule) -> None:
+def replace_linear(module: GraphModule, node: Node, layer: LinearLayer, new: nn.Module) -> None:
+    """Call `new` on the layer's input where `node` computes it."""
     target = _free_name(module, layer.id)
     module.add_submodule(target, new)
     with node.graph.inserting_before(node):

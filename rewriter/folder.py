@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +62,10 @@ def load_rewritten(model: Any, example_inputs: Inputs, folder: Path, **options: 
 
     Raises:
         PlanError: the folder is damaged, or belongs to another model.
+        UsageError: its report is damaged.
     """
     from rewriter.api import rewrite
+    from rewriter.report import RewriteReport
 
     meta = _read_meta(folder)
     plan = Plan.load(folder / "plan.json")
@@ -73,6 +76,8 @@ def load_rewritten(model: Any, example_inputs: Inputs, folder: Path, **options: 
             "name the model it was made from"
         )
     _apply(result.model, folder / "weights.safetensors")
+    saved = RewriteReport.load(folder / "report.json")
+    result.report = replace(result.report, fit=saved.fit, experts=saved.experts)
     return result
 
 

@@ -57,6 +57,7 @@ def recover(
             result.rewritten, data, loss, seconds=seconds, rates=rates, progress=progress
         )
         result.report = result.report.with_notes(_told("Linear layers trained", done))
+        result.report = result.report.with_linear_fit(trained=[done.to_json()])
         return
     half: dict[str, Any] = {"seconds": seconds / 2, "rates": rates, "progress": progress}
     with _frozen(routers):
@@ -68,6 +69,7 @@ def recover(
         _told("Experts trained, routers as they were made", first),
         _told(f"Routers trained too, with {BALANCE} of the balance", second),
     ).with_experts(training=watched.history())
+    result.report = result.report.with_linear_fit(trained=[first.to_json(), second.to_json()])
     _, held = set_aside([dict(b) for b in data])
     tell_routing(result, held)
 

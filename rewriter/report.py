@@ -144,6 +144,11 @@ class RewriteReport:
         )
         return replace(self, sites=rows)
 
+    def with_linear_fit(self, **facts: Any) -> RewriteReport:
+        """Add what was fitted of linear layers (`calibrated` ids, `trained` stages) to `fit`."""
+        known = self.fit or {}
+        return replace(self, fit={**known, "linears": {**known.get("linears", {}), **facts}})
+
     def with_experts(self, **facts: list[Any]) -> RewriteReport:
         """Add facts of two-expert layers: times, routing, image, training; [] adds nothing."""
         found = {name: rows for name, rows in facts.items() if rows}

@@ -55,8 +55,7 @@ def test_compile_then_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         (["--max-length", "9"], "--max-length needs --decode"),
         (["--decode", "--session", "s"], "--session does not go with --decode"),
-        (["--decode", "--linear", "shift"], "--linear does not go with --decode"),
-        (["--decode", "--form", "cosformer"], "can not be compiled for generation"),
+        (["--decode", "--form", "window"], "can not be compiled for generation"),
     ],
 )
 def test_options_that_do_not_fit(
@@ -74,15 +73,3 @@ def test_a_model_that_does_not_generate(tmp_path: Path, capsys: pytest.CaptureFi
     code, _, err = call(capsys, "compile", "deit-tiny", "--decode", "-o", path)
     assert code == 2
     assert "decoder-only" in " ".join(err.split())
-
-
-def test_rewritten_linear_layers_are_refused_before_the_work(tmp_path: Path) -> None:
-    from passes.decode_seal import check_streams
-    from passes.errors import FormError
-    from rewriter.api import rewrite
-    from tests.decode_models import gpt2
-
-    result = rewrite(*gpt2(), linear="shift", on_noop="ok")
-    assert result.plan.linears
-    with pytest.raises(FormError, match="linear layers"):
-        check_streams(result.rewritten)

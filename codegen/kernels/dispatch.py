@@ -60,6 +60,11 @@ class _Layer:
     gates: Any  # float32 [R], None without a gate
 
     @property
+    def tokens(self) -> int:
+        """How many there are in all: tiles for more are not made."""
+        return int(self.x.shape[0])
+
+    @property
     def depth(self) -> int:
         return int(self.x.shape[1])
 
@@ -156,11 +161,10 @@ def _products(layer: _Layer) -> None:
 
 def _panel(layer: _Layer, start: Any, width: int, part: Any, parts: int) -> None:
     """`width` columns from `start`, for part `part` of `parts` of each expert's tokens."""
-    tokens = int(layer.x.shape[0])
     first = layer.first[0]
     for begin, count, product in (
         (0, first, _multiply),
-        (first, tokens - first, _shift),
+        (first, layer.tokens - first, _shift),
     ):
         low, high = count * part // parts, count * (part + 1) // parts
         held = _ints(2)  # where this part begins, and how many tokens it has
@@ -176,13 +180,13 @@ def _multiply(layer: _Layer, start: Any, width: int, begin: Any, count: Any) -> 
     def one(rows: int, at: Any) -> None:
         _rows(layer, lambda k, j: layer.multiply[panel, k, column + j], start, width, rows, at)
 
-    _tiles(layer.rows, begin, count, one)
+    _tiles(layer, begin, count, one)
 
 
 def _shift(layer: _Layer, start: Any, width: int, begin: Any, count: Any) -> None:
     """Codes expanded in registers for one tile, else once into a panel."""
     codes = layer.facts.codes
-    made = scratch(layer.depth, layer.width)
+    made: Any = scratch(layer.depth, layer.width) if layer.tokens > layer.rows else None
 
     def weight(k: Any, j: Any) -> Any:
         n = start + j
@@ -195,20 +199,24 @@ def _shift(layer: _Layer, start: Any, width: int, begin: Any, count: Any) -> Non
     def many(rows: int, at: Any) -> None:
         _rows(layer, lambda k, j: made[k, j], start, width, rows, at, layer.scale)
 
+    if layer.tokens <= layer.rows:
+        return _tiles(layer, begin, count, few)
     with T.If(count <= layer.rows):
         with T.Then():
-            _tiles(layer.rows, begin, count, few)
+            _tiles(layer, begin, count, few)
         with T.Else():
             with T.serial(0, layer.depth) as k, T.vectorized(0, layer.width) as j:
                 T.buffer_store(made, weight(k, j), [k, j])
-            _tiles(layer.rows, begin, count, many)
+            _tiles(layer, begin, count, many)
 
 
-def _tiles(most: int, begin: Any, count: Any, one: Callable[[int, Any], None]) -> None:
+def _tiles(layer: _Layer, begin: Any, count: Any, one: Callable[[int, Any], None]) -> None:
     """one(rows, first index) over `count` tokens: whole tiles, then one of the exact rest."""
-    with T.serial(0, count // most) as o:
-        one(most, begin + o * most)
-    for rows in range(1, most):
+    most = layer.rows
+    if layer.tokens >= most:
+        with T.serial(0, count // most) as o:
+            one(most, begin + o * most)
+    for rows in range(1, min(most, layer.tokens + 1)):
         with T.If((count % most).equal(rows)), T.Then():
             one(rows, begin + count // most * most)
 

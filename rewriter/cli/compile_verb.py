@@ -88,7 +88,7 @@ def verb(
     check_file(output, "--output")
     check_file(html, "--html")
     check_budget("--fit", fit, max_drop, least=0)
-    check_decode(decode, max_length, session, linear)
+    check_decode(decode, max_length, session)
     made_for = target_named(target)
     require(precision, made_for)
     if source is not None and any_plan(form, plan, rule):

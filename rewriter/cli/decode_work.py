@@ -18,16 +18,12 @@ Compare = Callable[..., Any]
 EXAMPLE = 128  # tokens an artifact that generates is verified on
 
 
-def check_decode(
-    decode: bool, max_length: int | None, session: Path | None, linear: object = None
-) -> None:
+def check_decode(decode: bool, max_length: int | None, session: Path | None) -> None:
     """`UsageError` for options that do not go together."""
     if max_length is not None and not decode:
         raise UsageError("--max-length needs --decode: it limits what is generated")
     if decode and session is not None:
         raise UsageError("--session does not go with --decode: its records are of other shapes")
-    if decode and linear:
-        raise UsageError("--linear does not go with --decode yet: leave one of them out")
 
 
 def for_decode(loaded: LoadedModel, decode: bool) -> LoadedModel:

@@ -176,7 +176,10 @@ def verify_file(
     lines = [f"against the original: cosine at least {to_original.cosine_min:.4f} (a measurement)"]
     fitted = bool(opened.report.get("fit"))
     if fitted and source is None:
-        lines.append("against the rewritten model: needs --from FOLDER, since weights were fitted")
+        lines.append(
+            "against the rewritten model: needs --from FOLDER, since weights were fitted or "
+            "calibrated on data"
+        )
         return {**outcome, "rewritten": None, "ok": True, "lines": lines}
     stats = compare(opened, result.model, inputs)
     verdict = "equal within tolerance" if stats.ok else f"NOT equal: {stats.why}"
