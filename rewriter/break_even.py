@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from passes.errors import LoweringError, UsageError
-from passes.form import form_named
+from passes.form import Form, form_named
 from passes.site import AttentionSite, Dims, Mask
 from rewriter.record import read_rows, write_rows
+from rewriter.timings import machine
 
 if TYPE_CHECKING:
     from codegen.kit_build import Running
     from codegen.target import Target
 
-SCHEMA = 1
+SCHEMA = 2
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-ROUNDS = 5
-LONGEST = 8.0  # seconds of one run; a length that would take longer is left out
+ROUNDS = 5  # of runs of 0.2 to 0.6 s; 15 of shorter ones, 3 of longer ones
+LONGEST = 1.6  # seconds of one run; after it no longer length is measured
 Progress = Callable[..., None]
 
 
@@ -123,19 +124,28 @@ def break_even(
     for name in forms:
         form_named(name)
     key = {"shape": asdict(shape), "lengths": list(lengths), "target": target.to_json()}
+    key["machine"] = machine()
     head = {"schema": SCHEMA, "key": key}
     done = {c.form: c for c in read_rows(record, head, "curves", Curve.from_json, "forms")}
+    exact: dict[int, Running] = {}  # built once for each length
     for index, name in enumerate(forms):
         if progress is not None:
             progress(name, index, len(forms))
         if name not in done:
-            done[name] = _curve(name, shape, lengths, target)
+            done[name] = _curve(name, shape, lengths, target, exact)
             write_rows(record, head, "curves", [c.to_json() for c in done.values()])
     return [done[name] for name in forms]
 
 
-def _curve(name: str, shape: Shape, lengths: Sequence[int], target: Target) -> Curve:
-    verdict = form_named(name).applies(shape.site(lengths[0]))
+def _curve(
+    name: str,
+    shape: Shape,
+    lengths: Sequence[int],
+    target: Target,
+    built: dict[int, Running],
+) -> Curve:
+    form = _reaching(name, lengths[-1])
+    verdict = form.applies(shape.site(lengths[0]))
     if not verdict:
         return Curve(name, why=str(verdict))
     seconds: dict[int, float] = {}
@@ -143,20 +153,28 @@ def _curve(name: str, shape: Shape, lengths: Sequence[int], target: Target) -> C
     why = ""
     for tokens in lengths:
         try:
-            mine, theirs = (_running(n, shape.site(tokens), target) for n in (name, "exact"))
+            mine = _running(form, shape.site(tokens), target)
+            if tokens not in built:
+                built[tokens] = _running(form_named("exact"), shape.site(tokens), target)
         except LoweringError as error:
             why = str(error).splitlines()[0]
             break
-        seconds[tokens], exact[tokens] = _turns(mine, theirs)
-        if max(seconds[tokens], exact[tokens]) * 5 > LONGEST:
+        seconds[tokens], exact[tokens] = _turns(mine, built[tokens])
+        if max(seconds[tokens], exact[tokens]) > LONGEST:
             break
     return Curve(name, seconds, exact, why)
 
 
-def _running(name: str, site: AttentionSite, target: Target) -> Running:
+def _reaching(name: str, tokens: int) -> Form:
+    """The form with its defaults; a span that it must be told is long enough for `tokens`."""
+    form = form_named(name)
+    span = form.config.to_json().get("span")
+    return form if span is None or span >= tokens else form_named(name, {"span": tokens})
+
+
+def _running(form: Form, site: AttentionSite, target: Target) -> Running:
     from codegen.kit_build import Running, build_form
 
-    form = form_named(name)
     size = (1, site.dims.H, int(site.dims.T), site.dims.D)
     draw = np.random.default_rng(0)
     arrays = {n: draw.standard_normal(size, dtype=np.float32) for n in ("q", "k", "v")}
@@ -167,6 +185,8 @@ def _running(name: str, site: AttentionSite, target: Target) -> Running:
 def _turns(mine: Running, theirs: Running) -> tuple[float, float]:
     """Median seconds of both, taking turns."""
     first = max(mine(), theirs())
-    rounds = ROUNDS if first > 0.2 else 3 * ROUNDS
+    rounds = 3 * ROUNDS if first < 0.2 else ROUNDS if first < 0.6 else 3
     pairs = [(mine(), theirs()) for _ in range(rounds)]
-    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+    medians = (statistics.median(row) for row in zip(*pairs, strict=True))
+    a, b = (float(f"{seconds:.4g}") for seconds in medians)
+    return a, b

@@ -1,4 +1,4 @@
-"""Write the generated pages of docs/: ``python -m rewriter.docs`` (forms.md, cli.md)."""
+"""Write the generated pages of docs/ and their pictures: ``python -m rewriter.docs``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import inspect
 import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+
+from rewriter.measured_pages import draw_pictures, measured_pages
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -129,14 +131,15 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-PAGES = {"forms.md": forms_page, "cli.md": cli_page}
+PAGES = {"forms.md": forms_page, "cli.md": cli_page, **measured_pages()}
 
 
 def main() -> None:
-    """Write every page."""
+    """Write every page, and the pictures of those made from records."""
     for name, page in PAGES.items():
         (DOCS / name).write_text(page())
         sys.stdout.write(f"wrote {DOCS / name}\n")
+    draw_pictures(DOCS)
 
 
 if __name__ == "__main__":

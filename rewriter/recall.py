@@ -93,15 +93,19 @@ def questions(pairs: int, count: int, generator: torch.Generator) -> tuple[Tenso
     return torch.cat([shown, keys.gather(1, order)], 1), values.gather(1, order)
 
 
+def recall_site(each: int, heads: int, batch: int, tokens: int) -> AttentionSite:
+    """The model's attention: heads of `each` channels, causal."""
+    dims = Dims(batch, heads, heads, tokens, tokens, each, each)
+    return AttentionSite("recall", "recall", dims, "float32", each**-0.5, Mask(causal=True))
+
+
 class _Layer(nn.Module):
     """A short causal convolution, which tells a value what it follows, and an attention."""
 
     def __init__(self, setup: Setup, form: Form, tokens: int) -> None:
         super().__init__()
         width, heads = setup.width, setup.heads
-        each = width // heads
-        dims = Dims(setup.batch, heads, heads, tokens, tokens, each, each)
-        site = AttentionSite("recall", "recall", dims, "float32", each**-0.5, Mask(causal=True))
+        site = recall_site(width // heads, heads, setup.batch, tokens)
         self.heads, self.norm = heads, nn.LayerNorm(width)
         self.mix = nn.Conv1d(width, width, 3, groups=width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -179,7 +183,7 @@ def test(model: nn.Module, pairs: int, setup: Setup, seed: int) -> tuple[float, 
     logits = torch.cat([model(part)[:, -pairs:] for part in torch.split(words, setup.batch)])
     right = logits.argmax(-1) == answers - KEYS
     lost = F.cross_entropy(logits.flatten(0, 1), answers.flatten() - KEYS)
-    return float(right.float().mean()), float(lost)
+    return round(float(right.float().mean()), 4), round(float(lost), 4)
 
 
 def recall(

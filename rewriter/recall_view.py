@@ -1,13 +1,17 @@
-"""Recall as a table for the terminal and a picture: accuracy against the number of pairs."""
+"""Recall as a table, a page of docs/ and a picture: accuracy against the number of pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from rewriter.recall import Cell, scores
+from passes.decode_form import Streaming
+from passes.form import form_named
+from rewriter.recall import VALUES, Cell, Score, recall_site, scores
 from rewriter.record import save_picture
 
 
@@ -29,21 +33,92 @@ def refusals(cells: Sequence[Cell]) -> list[str]:
     return list(dict.fromkeys(c.why for c in cells if c.why))
 
 
+def page(data: Mapping[str, Any], cells: Sequence[Cell], image: str) -> str:
+    """The text of docs/recall.md from a record and the path of its picture."""
+    setup, pairs, found = data["setup"], data["pairs"], scores(cells)
+    chance = f"{1 / VALUES:.3f}"
+    lines = [
+        "# Associative recall",
+        "",
+        "Written by `python -m rewriter.docs` from rewriter/records/recall.json, which",
+        "`rewriter recall --forms all --record rewriter/records/recall.json` makes.",
+        "",
+        "A sequence shows keys, each followed by a value, and then asks for all keys in another",
+        "order (multi-query associative recall, Arora et al. 2023). The answer is one of "
+        f"{VALUES} values: {chance} is chance.",
+        "",
+        f"The model: {setup['layers']} layer, width {setup['width']}, {setup['heads']} heads, "
+        "a short convolution before the attention, no positions, no MLP. It is trained from "
+        f"scratch for {setup['steps']} steps of {setup['batch']} sequences, the numbers of pairs "
+        f"by turns, at the rates {', '.join(str(r) for r in setup['rates'])} with "
+        f"{setup['seeds']} seeds each. Shown is the better rate: the mean over the seeds, in "
+        "brackets the least and the largest. **State** is what a head keeps of "
+        f"{3 * max(pairs)} tokens when it generates, in numbers; empty where a form can not.",
+        "",
+        f"| form | state | {' | '.join(f'{n} pairs' for n in pairs)} | rate |",
+        f"|---|---:|{'---:|' * (len(pairs) + 1)}",
+    ]
+    for name, own in _ordered(found):
+        told = [f"{s.mean:.2f} ({s.least:.2f}-{s.largest:.2f})" for s in own]
+        state = _state(name, setup, max(pairs))
+        lines.append(f"| {name} | {state} | {' | '.join(told)} | {own[0].rate} |")
+    lines += ["", *_compared(found, "rebased", "taylor"), *_cautions()]
+    if why := refusals(cells):
+        lines += ["", "Not in a causal model:", "", *(f"- {reason}" for reason in why)]
+    return "\n".join([*lines, "", f"![Recall against pairs]({image})", ""])
+
+
+def _ordered(found: Sequence[Score]) -> list[tuple[str, list[Score]]]:
+    """Forms by their mean over all pairs, best first."""
+    rows = {name: [s for s in found if s.form == name] for name in {s.form for s in found}}
+    return sorted(rows.items(), key=lambda row: (-sum(s.mean for s in row[1]), row[0]))
+
+
+def _state(name: str, setup: Mapping[str, Any], pairs: int) -> str:
+    """Numbers a head keeps of 3 * `pairs` tokens."""
+    form, heads = form_named(name), setup["heads"]
+    site = recall_site(setup["width"] // heads, heads, 1, 3 * pairs)
+    if not isinstance(form, Streaming) or not form.streams(site):
+        return ""
+    return f"{sum(math.prod(s.shape) for s in form.state(site, 3 * pairs)) // heads:,}"
+
+
+def _compared(found: Sequence[Score], mine: str, other: str) -> list[str]:
+    """What the seeds say of two forms, number of pairs by number of pairs."""
+    by = {(s.form, s.pairs): s for s in found}
+    both = [n for (form, n) in by if form == mine and (other, n) in by]
+    if not both:
+        return []
+    told = {"above": [], "below": [], "level": []}  # type: dict[str, list[str]]
+    for n in both:
+        a, b = by[mine, n], by[other, n]
+        word = "above" if a.least > b.largest else "below" if a.largest < b.least else "level"
+        told[word].append(str(n))
+    words = "; ".join(f"{word} at {', '.join(ns)} pairs" for word, ns in told.items() if ns)
+    line = f"`{mine}` (ReBased) against `{other}` (Based), all seeds of one against all of the "
+    return [f"{line}other: {words}.", ""]
+
+
+def _cautions() -> list[str]:
+    return [
+        "The training is short: a low figure may mean that a form learns slowly, not only that its",
+        "state is too small (where seeds differ much, one of them had not left the first plateau).",
+        "`lolcats` sees 128 tokens by softmax: up to 42 pairs it is exact attention.",
+    ]
+
+
 def picture(cells: Sequence[Cell], path: Path) -> None:
     """A PNG (or what the suffix says); `ArtifactError` where it can not be written."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.4, 5.6), layout="constrained")
+    figure = Figure(figsize=(9.0, 6.0), layout="constrained")
     axes = figure.subplots()
-    told = scores(cells)
-    lines = {name: [s for s in told if s.form == name] for name in {s.form for s in told}}
-    ordered = sorted(lines, key=lambda n: (-sum(s.mean for s in lines[n]), n))
-    for index, name in enumerate(ordered):
-        x, y = [s.pairs for s in lines[name]], [s.mean for s in lines[name]]
+    for index, (name, own) in enumerate(_ordered(scores(cells))):
+        x, y = [s.pairs for s in own], [s.mean for s in own]
         marker, style = "osD^v<>ph*"[index % 10], ("-", "--", ":")[index // 10 % 3]
         (line,) = axes.plot(x, y, style, marker=marker, markersize=4, linewidth=1.3, label=name)
         if name == "exact":
-            line.set(linewidth=2.8, color="#222222")
+            line.set(linewidth=2.8, linestyle="-", color="#222222")
     axes.set_xscale("log", base=2)
     ticks = sorted({c.pairs for c in cells})
     axes.set_xticks(ticks, [str(t) for t in ticks])

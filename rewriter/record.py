@@ -49,9 +49,20 @@ def read_rows(
 
 
 def write_rows(path: Path | None, head: Mapping[str, Any], rows: str, data: Sequence[Any]) -> None:
-    """Write the rows beside, then rename; nothing without a path."""
-    if path is not None:
-        write_text(path, json.dumps({**head, rows: list(data)}, indent=1) + "\n")
+    """Write the rows beside, one a line, then rename; nothing without a path."""
+    if path is None:
+        return
+    told = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    lines = ",\n".join(json.dumps(row) for row in data)
+    write_text(
+        path, "{\n" + "".join(f"{line},\n" for line in told) + f'"{rows}": [\n{lines}\n]}}\n'
+    )
+
+
+def read_record(path: Path, rows: str, of: Callable[[Mapping[str, Any]], T]) -> tuple[Any, list[T]]:
+    """(all of a record that was written by `write_rows`, its rows); for pages made from it."""
+    data = json.loads(path.read_text())
+    return data, [of(row) for row in data[rows]]
 
 
 def save_picture(figure: Figure, path: Path) -> None:

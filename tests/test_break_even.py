@@ -11,8 +11,9 @@ import rewriter.break_even
 from codegen.target import target_named
 from passes.errors import UnknownName, UsageError
 from rewriter.break_even import Curve, Shape, break_even
-from rewriter.break_even_view import faster_from, picture, table
+from rewriter.break_even_view import faster_from, page, picture, table
 from rewriter.cli import run
+from rewriter.record import read_record
 
 CPU = target_named("cpu")
 
@@ -49,9 +50,21 @@ def test_real_kernels_and_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert break_even(["elu"], CPU, **options) == made[1:]
     with pytest.raises(UsageError, match="other settings"):
         break_even(["elu"], CPU, shape=Shape(heads=1), lengths=(16, 64), record=record)
+    data, curves = read_record(record, "curves", Curve.from_json)
+    assert curves == made
+    text = page(data, [*curves, Curve("x", why="M04: no")], "p.png")
+    assert "2 heads of 16, no mask" in text
+    assert "| exact |" in text
+    assert "- `x`: M04: no" in text
     picture(made, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     assert len(table(made).columns) == 5
+
+
+def test_a_span_is_made_to_reach_the_longest_length() -> None:
+    assert (
+        break_even(["cosformer"], CPU, shape=Shape(1, 8), lengths=(16, 1040))[0].seconds[1040] > 0
+    )
 
 
 def test_a_form_that_refuses_says_why() -> None:
@@ -81,5 +94,7 @@ def test_the_list_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "hedgehog" in out
     assert "\u2026" not in out  # nothing is cut off
+    assert run(["forms", "all", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["forms"]) > 25
     assert run(["forms", "elu"]) == 0
     assert "Katharopoulos" in capsys.readouterr().out

@@ -123,7 +123,7 @@ def test_the_command_line_draws_and_prints(
 
 def test_a_refused_form_is_shown_as_refused(tmp_path: Path) -> None:
     cells = [
-        Cell("a", 4, 0.5),
+        Cell("exact", 4, 0.5),
         Cell("b", 4, None, why="b can not be causal"),
     ]
     picture(cells, tmp_path / "x.png")

@@ -64,6 +64,8 @@ def verb(
 
 def _chosen(names: list[str] | None) -> list[dict[str, Any]]:
     rows = form_rows()
+    if names == ["all"]:
+        return rows
     known = [row["name"] for row in rows]
     for name in names or []:
         if name not in known:
