@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import rewriter
-from passes.errors import FormError, UsageError
+from passes.errors import FormError, NothingRewritten, UsageError
 from passes.linear_form import LinearSpec
 from passes.linear_forms import moe as moe_file
 from passes.linear_forms.moe import Moe
@@ -125,6 +125,23 @@ def test_a_model_trains_with_both_losses_and_is_compiled(tmp_path: Path) -> None
     torch.testing.assert_close(torch.as_tensor(out), result.model(x), rtol=1e-3, atol=1e-3)
     rules = {k.name: k.scheduled_by for k in result.report.kernels}
     assert rules["two_experts"] == "dispatch"
+
+
+class Tied(Net):
+    """One layer used twice, one of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.b(x)
+
+
+def test_layers_that_share_their_weight_are_refused() -> None:
+    x = torch.randn(2, 6, 16)
+    with pytest.raises(NothingRewritten, match=r"moe: S01: its weight is also used by"):
+        rewriter.rewrite(Tied().eval(), (x,), linear="moe,b*")
+    result = rewriter.rewrite(Tied().eval(), (x,), linear="moe:latencies=1/1,*")
+    assert {i: str(c.status) for i, c in result.plan.linears.items()} == {
+        "a": "KEPT", "b": "REFUSED", "b#1": "KEPT", "c": "REWRITTEN",
+    }  # fmt: skip
 
 
 def test_wrong_use_is_refused() -> None:
