@@ -63,6 +63,14 @@ class DecodeKernels:
         func = decode.rows_at(tensors)
         return self._step(func, tensors, [table, position], (), {"kind": "rows"})[0]
 
+    def code_signs(self, words: Any, bits: int, last: float) -> Any:
+        """Packed codes uint32 [B, H, T, W] as -1 and 1, then `last`: [B, H, T, bits + 1]."""
+        words = self.builder.normalize(words)
+        tensors = {"words": _tensor(words)}
+        tensors["out"] = ([*tensors["words"][0][:3], bits + 1], "float32")
+        func = decode.code_signs(float(last), tensors)
+        return self._step(func, tensors, [words], (), {"kind": "codes"})[0]
+
     def hybrid_step(
         self,
         q: Any,

@@ -30,6 +30,7 @@ from passes.errors import FormError, LoweringError, ModelError, RewriterError
 from passes.find import find
 from passes.linear_seal import seal_linears
 from passes.linears import linear_modules
+from passes.rewire import SHARED
 from passes.seal import _LIBRARY, NAMESPACE, NOTES, _drop_dropout, read_spec
 from passes.site import AttentionSite
 from passes.substitute import AttentionModule, Rewritten
@@ -147,7 +148,7 @@ def check_streams(rewritten: Rewritten) -> None:
         form = rewritten.attention(site.id).form
         if not isinstance(form, Streaming):
             lines.append(f"  {site.id}: {form.name} has no token-by-token form")
-        elif form.rewires(site):
+        elif set(form.rewires(site)) - {SHARED}:
             lines.append(f"  {site.id}: {form.name} changes the graph around it")
         elif not (verdict := form.streams(site)):
             lines.append(f"  {site.id}: {form.name}: {verdict}")
@@ -255,8 +256,10 @@ def _replace(
     target = "step_" + re.sub(r"\W+", "_", attention.site.id)
     module.add_submodule(target, SealedStepModule(attention))
     graph = node.graph
+    q, k, v = node.args[:3]
+    keys = q if attention.site.shared else k
     with graph.inserting_before(node):
-        call = graph.call_module(target, (*node.args[:3], position, *state))
+        call = graph.call_module(target, (q, keys, v, position, *state))
         parts = [_item(graph, call, i) for i in range(len(state) + 1)]
     call.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
     node.replace_all_uses_with(parts[0])

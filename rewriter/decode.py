@@ -207,7 +207,7 @@ def verify_decoder(artifact: Artifact, module: Any, inputs: Any) -> ErrorStats:
     which are fed one by one.
     """
     from codegen.decoding import Decoder
-    from rewriter.verify import compare_arrays
+    from rewriter.verify import compare_outputs
 
     ids, logits = _wanted(module, inputs)
     decoder = Decoder(artifact)
@@ -215,10 +215,11 @@ def verify_decoder(artifact: Artifact, module: Any, inputs: Any) -> ErrorStats:
     first = max(number - CHECKED, number // 2, 1)
     got = [decoder.feed(ids[:, :first])]
     got += [decoder.feed(ids[:, at : at + 1]) for at in range(first, number)]
-    return compare_arrays(
+    return compare_outputs(
         {"logits": np.stack(got, 1)},
         {"logits": logits[:, first - 1 : number]},
-        dtype=artifact.manifest.precision,
+        module,
+        artifact.manifest.precision,
     )
 
 

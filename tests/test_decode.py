@@ -183,6 +183,19 @@ def test_rings_and_positions_follow_the_state(tmp_path: Path, name: str) -> None
     artifact.close()
 
 
+def test_codes_are_summed_token_by_token(tmp_path: Path) -> None:
+    """The keys are the queries, as where the model is run on all tokens."""
+    loaded = opened("gpt2")
+    result = rewrite(loaded.model, loaded.example_inputs, form="hamming")
+    artifact = compile_decoder(
+        loaded.model, result, path=tmp_path / "x.rwa", max_length=ROOM, chunk=16, threads=1
+    )
+    prompt = prompt_of(37)
+    new = artifact.generate(prompt.numpy(), 64)
+    assert_greedy(Made(loaded, result, artifact), prompt, new)
+    artifact.close()
+
+
 def test_a_span_limits_the_length(tmp_path: Path) -> None:
     loaded = opened("llama")
     result = rewrite(loaded.model, loaded.example_inputs, form="cosformer")

@@ -126,5 +126,10 @@ def test_other_masks_are_refused(mask: Mask, code: str) -> None:
         assert verdict.reason == code
 
 
+def test_own_values_are_refused() -> None:
+    form = streaming_form("hamming", constant="own_value")
+    assert "own_value" in str(form.streams(site(8)))
+
+
 def test_cross_attention_is_refused() -> None:
     assert streaming_form("elu").streams(replace(site(8), cross=True)).reason == "C01"

@@ -126,6 +126,26 @@ def rows_at(tensors: dict[str, Tensor]) -> Any:
     return build_step(tensors, body)
 
 
+def code_signs(last: float, tensors: dict[str, Tensor]) -> Any:
+    """words -> out: out [B, H, T, b + 1] is 1 where a bit of words [B, H, T, W] is set, else -1,
+    and `last` behind them."""
+
+    def body(words: Any, out: Any) -> None:
+        b_, h_, t_, n_ = dims(out)
+        with T.grid(b_, h_, t_) as (b, h, t):
+            at = [b, h, t]
+
+            def sign(r: Any) -> Any:
+                bit = words[b, h, t, r // 32] >> tirx.Cast("uint32", r % 32)
+                return tirx.Select(bit % tirx.const(2, "uint32") > 0, f32(1.0), f32(-1.0))
+
+            with T.serial(0, n_ - 1) as r:
+                T.buffer_store(out, sign(r), [*at, r])
+            T.buffer_store(out, f32(last), [*at, n_ - 1])
+
+    return build_step(tensors, body)
+
+
 def attention_step(scale: float, tensors: dict[str, Tensor], lanes: int) -> Any:
     """q, k, v, position, keys, values -> out: softmax over all keys up to each query.
 

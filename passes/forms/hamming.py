@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from passes.decode_form import LinearStreaming
 from passes.errors import UsageError
-from passes.form import Form, FormConfig, FormSpec, Paper, Params, Reason, Verdict, no
+from passes.form import FormConfig, FormSpec, Paper, Params, Reason, Verdict, no
 from passes.forms import _hash
 from passes.forms._hash_learn import learn
 from passes.forms._linear import (
@@ -73,7 +74,7 @@ class HammingConfig(FormConfig):
         return float(self.beta or self.bits + 1)
 
 
-class Hamming(Form):
+class Hamming(LinearStreaming):
     """Weights b - 2 * Hamming distance + beta of the codes of query and key, in linear time.
 
     Codes are signs of a kernelised hash (passes/forms/_hash.py) that is learned from the site's
@@ -98,6 +99,7 @@ class Hamming(Form):
     )
     needs = "training"
     straight_through = True
+    eps = EPS
     Config = HammingConfig
 
     @property
@@ -156,12 +158,36 @@ class Hamming(Form):
         """The smallest distance of a projection from its threshold."""
         return _hash.least_margin(_hash.projections(q, params), _hash.projections(k, params))
 
-    def _features(self, params: Params, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(
+        self, spec: FormSpec, params: Params, q: Tensor, k: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """([s_q, beta], [s_k, 1]), whose inner product is the weight before normalising."""
         sq = self.codes(q, params)
         sk = sq if k is q else self.codes(k, params)
         beta = self.options.constant_term
         return _with(sq, beta), _with(sk, 1.0)
+
+    def width(self, site: AttentionSite) -> int:
+        """b + 1."""
+        return self.options.bits + 1
+
+    def streams(self, site: AttentionSite) -> Verdict:
+        """As the linear forms; a step has no term of a query's `own_value`."""
+        if self.options.constant == "own_value":
+            return no(
+                Reason.CROSS,
+                f'own_value is not computed token by token; use constant="sum" at {site.id}',
+            )
+        return super().streams(site)
+
+    def map_kernels(
+        self, kit: Any, spec: FormSpec, params: Mapping[str, Any], q: Any, k: Any
+    ) -> tuple[Any, Any]:
+        """Codes, then `features` of them."""
+        o = self.options
+        cq = kit.hash_codes(q, **params)
+        ck = cq if k is q else kit.hash_codes(k, **params)
+        return kit.code_signs(cq, o.bits, o.constant_term), kit.code_signs(ck, o.bits, 1.0)
 
     def attend(
         self,
@@ -174,7 +200,7 @@ class Hamming(Form):
         bias: Tensor | None = None,
     ) -> Tensor:
         """Linear attention [B, H, T, E] over codes."""
-        fq, fk = self._features(params, q, k)
+        fq, fk = self.features(spec, params, q, k)
         values = v.to(accumulate_dtype(v.dtype))
         out = linear_attention(fq, fk, values, key_mask=key_mask, causal=spec.causal, eps=EPS)
         if self.options.constant == "own_value":
@@ -208,7 +234,7 @@ class Hamming(Form):
         bias: Tensor | None = None,
     ) -> Tensor:
         """Weights [B, H, T, S] of the exact form (`constant` "sum"); quadratic."""
-        fq, fk = self._features(params, q, k)
+        fq, fk = self.features(spec, params, q, k)
         return linear_weights(fq, fk, spec, key_mask, EPS).to(q.dtype)
 
     def counted(self, site: AttentionSite) -> OpCount:
