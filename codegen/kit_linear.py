@@ -53,11 +53,9 @@ class LinearKit:
 
     def _product(self, x: Any, define: Any, tensors: list[Any], name: str, outputs: int) -> Any:
         """One kernel on x with its rows in one axis (a few rows) or in whole batches."""
-        if self.target.kind == "gpu":
-            raise LoweringError("linear layers with coded weights have no kernel for a GPU yet")
         *lead, depth = self._shape(x)
         count, tokens = math.prod(lead), lead[-1] if lead else 1
-        one = count <= FEW or tokens in (1, count)
+        one = self.target.kind == "gpu" or count <= FEW or tokens in (1, count)
         flat = self._reshaped(x, [count, depth] if one else [count // tokens, tokens, depth])
         made = self.builder.call_te(
             define, flat, *tensors, primfunc_name_hint=name, primfunc_attrs=_FUSABLE

@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import te, tirx
 
-from codegen.kernels.coded import code_of, u32
+from codegen.kernels.coded import code_of, made_product, u32
 from codegen.kernels.dense import dense_made, panel_width
 from codegen.target import Target
 from passes.linear_forms._coded_ops import SIGNED
@@ -35,7 +35,9 @@ def binary(
 ) -> Any:
     """x [.., T, K] times the weight (and bias) -> [.., T, N]."""
     columns, lead = int(scale.shape[0]), [int(d) for d in x.shape[:-1]]
-    if len(lead) == 1 and lead[0] <= SIGNED:
+    if target.kind == "gpu":
+        total = made_product(x, lambda k, n: _weight(words, alpha, spec, k, n), columns)
+    elif len(lead) == 1 and lead[0] <= SIGNED:
         total = _few(x, words, alpha, spec)
     else:
         total = _many(x, words, alpha, spec, columns, target)
@@ -71,8 +73,12 @@ def _many(x: Any, words: Any, alpha: Any, spec: CodeSpec, columns: int, target: 
     depth, width = int(x.shape[-1]), panel_width(target)
 
     def element(p: Any, k: Any, j: Any) -> Any:
-        n = p * width + j
-        code = code_of(spec, words[n // PANEL, k // spec.per, n % PANEL], k % spec.per)
-        return signed_sum(spec, lambda r: alpha[k, r], code)
+        return _weight(words, alpha, spec, k, p * width + j)
 
     return dense_made(x, (-(-columns // width), depth, width), element, columns, target)
+
+
+def _weight(words: Any, alpha: Any, spec: CodeSpec, k: Any, n: Any) -> Any:
+    """The weight of input k for column n, without the scale."""
+    code = code_of(spec, words[n // PANEL, k // spec.per, n % PANEL], k % spec.per)
+    return signed_sum(spec, lambda r: alpha[k, r], code)

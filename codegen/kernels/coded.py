@@ -138,18 +138,37 @@ def many_rows(x: Any, words: Any, spec: CodeSpec, columns: int, target: Target) 
     shape = (-(-columns // width), depth, width)
 
     def element(p: Any, k: Any, j: Any) -> Any:
-        n = p * width + j
-        word = words[n // PANEL, k // spec.per, n % PANEL]
-        return weight_of(spec, code_of(spec, word, k % spec.per))
+        return _weight(words, spec, k, p * width + j)
 
     return dense_made(x, shape, element, columns, target)
+
+
+def _weight(words: Any, spec: CodeSpec, k: Any, n: Any) -> Any:
+    """The weight of input k for column n."""
+    word = words[n // PANEL, k // spec.per, n % PANEL]
+    return weight_of(spec, code_of(spec, word, k % spec.per))
+
+
+def made_product(x: Any, element: Any, columns: int) -> Any:
+    """x [R, K] times the weight element(k, n) -> [R, columns], for rule ``gpu_coded``."""
+    rows, depth = (int(d) for d in x.shape)
+    weight = te.compute((depth, columns), element, name="coded_weight")
+    k = te.reduce_axis((0, depth), name="k")
+    return te.compute(
+        (rows, columns),
+        lambda r, n: te.sum(x[r, k] * weight[k, n], axis=k),
+        name="coded_product",
+    )
 
 
 def coded(x: Any, words: Any, scale: Any, bias: Any, spec: CodeSpec, target: Target) -> Any:
     """x [.., T, K] times the coded weight (and bias) -> [.., T, N]; [R, K] for a few rows."""
     columns, lead = int(scale.shape[0]), [int(d) for d in x.shape[:-1]]
     few = len(lead) == 1 and lead[0] <= FEW
-    total = few_rows(x, words, spec) if few else many_rows(x, words, spec, columns, target)
+    if target.kind == "gpu":
+        total = made_product(x, lambda k, n: _weight(words, spec, k, n), columns)
+    else:
+        total = few_rows(x, words, spec) if few else many_rows(x, words, spec, columns, target)
 
     def value(*i: Any) -> Any:
         scaled = total(*i) * scale[i[-1]]

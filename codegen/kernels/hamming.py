@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from tvm import te, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
@@ -101,7 +102,11 @@ def flip(word: Any, r: Any) -> Any:
 
 def signed(value: Any, flipped: Any) -> Any:
     """`value` (float32) with its sign flipped by the sign bit of `flipped`."""
-    return tirx.reinterpret("float32", tirx.reinterpret("uint32", value) ^ flipped)
+    if isinstance(value, tirx.FloatImm):  # CUDA code can not take the address of a constant
+        bits = u32(int(np.float32(float(value.value)).view(np.uint32)))
+    else:
+        bits = tirx.reinterpret("uint32", value)
+    return tirx.reinterpret("float32", bits ^ flipped)
 
 
 def define(facts: dict[str, Any], cq: Any, ck: Any, v: Any, key_mask: Any = None) -> Any:
