@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from passes.decode_form import Streaming
-from passes.form import form_named
+from passes.form import form_named, forms
 from rewriter.recall import VALUES, Cell, Score, recall_site, scores
 from rewriter.record import save_picture
 
@@ -65,6 +65,8 @@ def page(data: Mapping[str, Any], cells: Sequence[Cell], image: str) -> str:
     lines += ["", *_compared(found, "rebased", "taylor"), *_cautions()]
     if why := refusals(cells):
         lines += ["", "Not in a causal model:", "", *(f"- {reason}" for reason in why)]
+    if missing := sorted(set(forms()) - {c.form for c in cells}):
+        lines += ["", f"Not measured yet: {', '.join(f'`{name}`' for name in missing)}."]
     return "\n".join([*lines, "", f"![Recall against pairs]({image})", ""])
 
 

@@ -12,7 +12,7 @@ import rewriter.recall
 from passes.errors import UnknownName, UsageError
 from rewriter.cli import run
 from rewriter.recall import KEYS, VALUES, Cell, Setup, questions, recall, scores
-from rewriter.recall_view import picture, table
+from rewriter.recall_view import page, picture, table
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +119,22 @@ def test_the_command_line_draws_and_prints(
         ("exact", 2), ("exact", 4), ("elu", 2), ("elu", 4),
     ]  # fmt: skip
     assert png.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_page_compares_rebased_with_based() -> None:
+    right = {"exact": (1.0, 1.0), "rebased": (0.9, 0.8), "taylor": (0.7, 0.9)}
+    cells = [
+        Cell(name, pairs, accuracy, 0.0, 1e-2, seed)
+        for name, both in right.items()
+        for pairs, accuracy in zip((4, 8), both, strict=True)
+        for seed in (0, 1)
+    ]
+    head = {"setup": {**vars(Setup())}, "pairs": [4, 8]}
+    text = page(head, [*cells, Cell("linformer", 4, None, why="not causal")], "r.png")
+    assert "above at 4 pairs; below at 8 pairs" in text
+    assert "| exact | 2,048 | 1.00 (1.00-1.00)" in text  # a block of 64 keys and values of 16
+    assert "`elu`" in text.split("Not measured yet")[1]
+    assert "- not causal" in text
 
 
 def test_a_refused_form_is_shown_as_refused(tmp_path: Path) -> None:
