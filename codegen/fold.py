@@ -24,7 +24,7 @@ _FORMS = "attnform_"
 
 def fold_constants(ep: ExportedProgram) -> int:
     """Replace input-independent nodes of `ep` (in place) by constants; how many constants."""
-    known = _stored_values(ep)
+    known = stored_values(ep)
     folded: dict[Node, torch.Tensor] = {}
     for node in ep.graph.nodes:
         value = _value(node, known)
@@ -41,7 +41,7 @@ def fold_constants(ep: ExportedProgram) -> int:
     return made
 
 
-def _stored_values(ep: ExportedProgram) -> dict[Node, torch.Tensor]:
+def stored_values(ep: ExportedProgram) -> dict[Node, torch.Tensor]:
     """Values of the parameters, buffers and constants that no call changes."""
     signature = ep.graph_signature
     changed = set(signature.buffers_to_mutate.values())
@@ -82,14 +82,17 @@ def _wanted_whole(node: Node, value: torch.Tensor) -> bool:
 
 
 def _become_constant(ep: ExportedProgram, node: Node, value: torch.Tensor, number: int) -> None:
-    name = f"folded_{number}"
-    graph = ep.graph
-    first = next(iter(graph.nodes))
+    # Cloned: the value may be a view of a weight.
+    node.replace_all_uses_with(add_constant(ep, value.clone(), f"folded_{number}"))
+
+
+def add_constant(ep: ExportedProgram, value: torch.Tensor, name: str) -> Node:
+    """A placeholder of `ep` that holds `value`."""
+    graph, first = ep.graph, next(iter(ep.graph.nodes))
     with graph.inserting_before(first):
-        holder = graph.placeholder(name)
-    holder.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(holder)
+        holder: Node = graph.placeholder(name)
+    holder.meta["val"] = value
     spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(holder.name), name, None)
     ep.graph_signature.input_specs.insert(0, spec)
-    # Cloned: the value may be a view of a weight.
-    ep.constants[name] = value.clone()
+    ep.constants[name] = value
+    return holder

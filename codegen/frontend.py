@@ -16,6 +16,7 @@ from codegen.converters import converters
 from codegen.converters.attention import convert_form, convert_step
 from codegen.fold import fold_constants
 from codegen.index_ranges import index_range
+from codegen.projections import merge_projections
 from codegen.specs import TensorSpec
 from codegen.target import Target
 from passes.errors import LoweringError
@@ -54,6 +55,7 @@ def to_relax(ep: ExportedProgram, target: Target) -> Imported:
     notes = tuple(ep.graph_module.meta.get("rewriter_notes", ()))
     _drop_constant_inputs(ep)
     fold_constants(ep)
+    merge_projections(ep)
     inputs = list(_input_specs(ep))
     outputs = _output_specs(ep)
     custom = _conversions(ep)
