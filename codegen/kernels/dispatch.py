@@ -19,14 +19,17 @@ from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels.coded import code_of, weight_of
 from codegen.kernels.dense import panel_width
-from codegen.kernels.tiles import reduce_row, scratch, tile
+from codegen.kernels.tiles import fill, reduce_row, scratch, tile
 from codegen.kernels.vector_math import f32, vexp_nonpositive
+from codegen.schedules._coded import LANES, has_tables, values_code, values_name
+from codegen.schedules._dot import IMPORT
 from codegen.target import Target
 from passes.linear_forms._codes import PANEL, CodeSpec
 
 NAME = "dispatch"
 MANY = 64  # tokens from which the router runs on all threads
 Tensor = tuple[tuple[int, ...], str]  # shape and type
+Product = Callable[[int, Any, Any], None]  # (rows, their tokens, where the sums go)
 
 
 @dataclass(frozen=True)
@@ -150,12 +153,14 @@ def _products(layer: _Layer) -> None:
     columns, width = int(layer.out.shape[1]), layer.width
     whole, rest = columns // width, columns % width
     workers = layer.facts.workers
+    tables = has_tables(layer.target)
+    annotations = {IMPORT: values_code(layer.facts.codes, layer.target)} if tables else {}
     parts = 1 if whole >= 4 * workers or whole % workers == 0 else workers
     if whole:
-        with T.parallel(0, whole * parts) as task:
+        with T.parallel(0, whole * parts, annotations=annotations) as task:
             _panel(layer, task // parts * width, width, task % parts, parts)
     if rest:
-        with T.parallel(0, workers) as task:
+        with T.parallel(0, workers, annotations=annotations) as task:
             _panel(layer, whole * width, rest, task, workers)
 
 
@@ -177,37 +182,69 @@ def _panel(layer: _Layer, start: Any, width: int, part: Any, parts: int) -> None
 def _multiply(layer: _Layer, start: Any, width: int, begin: Any, count: Any) -> None:
     panel, column = start // PANEL, start % PANEL
 
+    product = _by_panel(layer, lambda k, j: layer.multiply[panel, k, column + j])
+
     def one(rows: int, at: Any) -> None:
-        _rows(layer, lambda k, j: layer.multiply[panel, k, column + j], start, width, rows, at)
+        _rows(layer, product, start, width, rows, at)
 
     _tiles(layer, begin, count, one)
 
 
 def _shift(layer: _Layer, start: Any, width: int, begin: Any, count: Any) -> None:
-    """Codes expanded in registers for one tile, else once into a panel."""
-    codes = layer.facts.codes
-    made: Any = scratch(layer.depth, layer.width) if layer.tokens > layer.rows else None
+    """The values of the codes are looked up as they are used by a few tokens, else made once."""
+    tables = has_tables(layer.target)
+    if tables and layer.tokens <= layer.rows:
+        product = _by_words(layer, start)
+    else:
+        made = scratch(layer.depth, layer.width)
+        (_look_up if tables else _make)(layer, start, made)
+        product = _by_panel(layer, lambda k, j: made[k, j])
 
-    def weight(k: Any, j: Any) -> Any:
+    def one(rows: int, at: Any) -> None:
+        _rows(layer, product, start, width, rows, at, layer.scale)
+
+    _tiles(layer, begin, count, one)
+
+
+def _make(layer: _Layer, start: Any, made: Any) -> None:
+    """made[k, j] = the value of the code of input k and column start + j, of its bits."""
+    codes = layer.facts.codes
+    with T.serial(0, layer.depth) as k, T.vectorized(0, layer.width) as j:
         n = start + j
         word = layer.words[n // PANEL, k // codes.per, n % PANEL]
-        return weight_of(codes, code_of(codes, word, k % codes.per))
+        value = weight_of(codes, code_of(codes, word, k % codes.per))
+        T.buffer_store(made, value, [k, j])
 
-    def few(rows: int, at: Any) -> None:
-        _rows(layer, weight, start, width, rows, at, layer.scale)
 
-    def many(rows: int, at: Any) -> None:
-        _rows(layer, lambda k, j: made[k, j], start, width, rows, at, layer.scale)
+def _look_up(layer: _Layer, start: Any, made: Any) -> None:
+    """As `_make` with the values in registers: one word for each of `LANES` columns at a time."""
 
-    if layer.tokens <= layer.rows:
-        return _tiles(layer, begin, count, few)
-    with T.If(count <= layer.rows):
-        with T.Then():
-            _tiles(layer, begin, count, few)
-        with T.Else():
-            with T.serial(0, layer.depth) as k, T.vectorized(0, layer.width) as j:
-                T.buffer_store(made, weight(k, j), [k, j])
-            _tiles(layer, begin, count, many)
+    def put(k: Any, first: int, value: Any) -> None:
+        T.buffer_store(made, value, [k, tirx.Ramp(first, 1, LANES)])
+
+    _each_code(layer, start, put)
+
+
+def _each_code(layer: _Layer, start: Any, use: Callable[[Any, int, Any], None]) -> None:
+    """use(k, first, the values of the codes of input k and `LANES` columns from start + first)."""
+    codes = layer.facts.codes
+    whole, rest = layer.depth // codes.per, layer.depth % codes.per
+
+    def group(g: Any, number: int) -> None:
+        for first in range(0, layer.width, LANES):
+            place = tirx.Ramp(start % PANEL + first, 1, LANES)
+            word = layer.words[start // PANEL, g, place]
+            for i in range(number):
+                shift = tirx.Broadcast(tirx.const(i * codes.bits, "int32"), LANES)
+                shifted = word >> shift if i else word
+                value = tirx.call_pure_extern(f"float32x{LANES}", values_name(codes), shifted)
+                use(g * codes.per + i, first, value)
+
+    if whole:
+        with T.serial(0, whole) as g:
+            group(g, codes.per)
+    if rest:
+        group(whole, rest)
 
 
 def _tiles(layer: _Layer, begin: Any, count: Any, one: Callable[[int, Any], None]) -> None:
@@ -221,9 +258,45 @@ def _tiles(layer: _Layer, begin: Any, count: Any, one: Callable[[int, Any], None
             one(rows, begin + count // most * most)
 
 
+def _by_panel(layer: _Layer, weight: Callable[[Any, Any], Any]) -> Product:
+    """Products with weights that lie in memory: weight(k, j)."""
+
+    def product(rows: int, at: Any, done: Any) -> None:
+        tile(
+            lambda i, k: layer.x[at[i], k],
+            weight,
+            layer.depth,
+            lambda i, j, value: T.buffer_store(done, value, [i, j]),
+            rows=rows,
+            width=layer.width,
+        )
+
+    return product
+
+
+def _by_words(layer: _Layer, start: Any) -> Product:
+    """Products with codes, whose values never leave the registers."""
+
+    def product(rows: int, at: Any, done: Any) -> None:
+        fill(done, rows, layer.width)
+        held = scratch(LANES)
+        lanes = tirx.Ramp(0, 1, LANES)
+
+        def add(k: Any, first: int, value: Any) -> None:
+            T.buffer_store(held, value, [lanes])
+            for i in range(rows):
+                place = [i, tirx.Ramp(first, 1, LANES)]
+                x = tirx.Broadcast(layer.x[at[i], k], LANES)
+                T.buffer_store(done, done[place[0], place[1]] + x * held[lanes], place)
+
+        _each_code(layer, start, add)
+
+    return product
+
+
 def _rows(
     layer: _Layer,
-    weight: Callable[[Any, Any], Any],
+    product: Product,
     start: Any,
     width: int,
     rows: int,
@@ -235,14 +308,7 @@ def _rows(
     for i in range(rows):
         T.buffer_store(at, layer.order[index + i], [i])
     done = scratch(rows, layer.width)
-    tile(
-        lambda i, k: layer.x[at[i], k],
-        weight,
-        layer.depth,
-        lambda i, j, value: T.buffer_store(done, value, [i, j]),
-        rows=rows,
-        width=layer.width,
-    )
+    product(rows, at, done)
     for i in range(rows):
         with T.vectorized(0, width) as j:
             value = done[i, j]

@@ -32,6 +32,39 @@ def function_name(kind: str, spec: CodeSpec) -> str:
     return f"rewriter_coded_{kind}_{spec.key}"
 
 
+def has_tables(target: Target) -> bool:
+    """Whether the target looks codes up in registers."""
+    return target.lanes == LANES and "avx512f" in target.features
+
+
+def values_name(spec: CodeSpec) -> str:
+    """Name of the LLVM function that gives the values of codes."""
+    return f"rewriter_code_values_{spec.key}"
+
+
+def values_code(spec: CodeSpec, target: Target) -> str:
+    """The LLVM function <16 x i32> -> <16 x float>: the values of the lowest codes of 16 words."""
+    body = _Body(spec, 0)
+    made = body.look_up(body.weights(), "%w")
+    return f"""
+declare {_F} {_ONE_TABLE}({_F}, {_I})
+declare {_F} {_TWO_TABLES}({_F}, {_I}, {_F})
+define {_F} @{values_name(spec)}({_I} %w) #0 {{
+{body.text()}
+  ret {_F} {made}
+}}
+{_attributes(target)}
+"""
+
+
+def _attributes(target: Target) -> str:
+    mattr = ",".join(target.tvm.get("mattr", ()))
+    return (
+        f'attributes #0 = {{ alwaysinline nounwind "target-cpu"="{target.tvm["mcpu"]}" '
+        f'"target-features"="{mattr}" }}'
+    )
+
+
 @functools.cache
 def instruction(kind: str, spec: CodeSpec, index: str) -> str:
     """The tensor intrinsic c[16] += sum over i of x[i] times code i of w[16].
@@ -116,7 +149,6 @@ def llvm_code(kind: str, spec: CodeSpec, target: Target) -> str:
             total = body.line(f"call {_F} @llvm.fma.v16f32({_F} {row}, {_F} {value}, {_F} {total})")
         else:
             total = body.line(f"fadd {_F} {total}, {value}")
-    mattr = ",".join(target.tvm.get("mattr", ()))
     return f"""
 declare {_F} @llvm.fma.v16f32({_F}, {_F}, {_F})
 declare {_F} {_ONE_TABLE}({_F}, {_I})
@@ -125,8 +157,7 @@ define {_F} @{function_name(kind, spec)}({_F} %c, <{body.width} x float> %x, {_I
 {body.text()}
   ret {_F} {total}
 }}
-attributes #0 = {{ alwaysinline nounwind "target-cpu"="{target.tvm["mcpu"]}" \
-"target-features"="{mattr}" }}
+{_attributes(target)}
 """
 
 

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from codegen.rule import Rule
-from codegen.schedules._coded import LANES, instruction, llvm_code
+from codegen.schedules._coded import has_tables, instruction, llvm_code
 from codegen.schedules._common import Blocks, extent, fuse_all, parallel_chunks
 from codegen.schedules._dot import IMPORT
 from codegen.schedules.dense import store_block, store_vectors
@@ -30,7 +30,7 @@ def apply(func: Any, target: Target) -> Any | None:
     rows, columns, group, inner = sch.get_loops(product)
     chunk, panel = sch.split(columns, [None, PANEL * _together(sch, rows, columns, target)])
     vector, lane = sch.split(panel, [None, target.lanes])
-    tables = _tables(target)
+    tables = has_tables(target)
     steps = (lane, inner) if tables else (inner, lane)
     sch.reorder(chunk, group, rows, vector, *steps)
     _, last = parallel_chunks(sch, [chunk], target)
@@ -65,10 +65,6 @@ def _together(sch: Any, rows: Any, columns: Any, target: Target) -> int:
     panels, vectors = extent(sch, columns) // PANEL, PANEL // target.lanes
     most = max(1, min(4, _REGISTERS // (extent(sch, rows) * vectors)))
     return max(n for n in range(1, most + 1) if panels % n == 0)
-
-
-def _tables(target: Target) -> bool:
-    return target.lanes == LANES and "avx512f" in target.features
 
 
 RULE = Rule("coded_rows", apply, kinds=("cpu", "edge"), order=18)

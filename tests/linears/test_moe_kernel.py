@@ -110,7 +110,7 @@ def test_equal_logits_and_nan_go_where_torch_sends_them() -> None:
 
 
 def count_instead(
-    layer: Any, weight: Any, start: Any, width: int, rows: int, index: Any, scale: Any = None
+    layer: Any, product: Any, start: Any, width: int, rows: int, index: Any, scale: Any = None
 ) -> None:
     """In place of a tile's products: one more in each of its outputs, a thousand for shift."""
     for i in range(rows):
