@@ -16,7 +16,7 @@ from passes.forms._linear import linear_attention
 from passes.relative import differences, places
 from passes.site import AttentionSite
 from tests.by_hand import site
-from tests.targets.kit_tools import Case, Trial
+from tests.targets.kit_tools import Case, Trial, with_target
 
 LOWEST = torch.finfo(torch.float64).min
 
@@ -174,3 +174,78 @@ class _Site(Case):
     def site(self) -> AttentionSite:
         where: AttentionSite = vars(self)["_where"]
         return where
+
+
+def blocks(
+    tokens: int, hidden: str = "", *, reach: int = 10, causal: bool = False, rows: int = 0
+) -> tuple[Trial, np.ndarray]:
+    """A trial with blocks of 16 tokens, and what torch says of it."""
+    where = site(
+        B=1 if hidden == "none" else 2, H=4, G=2, T=tokens, D=12, E=20, causal=causal,
+        padding=rows > 0, bias=bool(hidden), relative=(reach,) if hidden else None,
+    )  # fmt: skip
+    case = Tensors(where, reach=8)
+    case.key_mask = None if not rows else torch.rand(rows, tokens) < 0.6
+    if hidden:
+        table = case.table.double()
+        table[:, tokens - 1 + reach :] = table[:, -1:]
+        table[:, : tokens - reach] = table[:, :1]
+        bias = table[:, places(None, tokens, tokens)][None]
+        seen = torch.ones(2, tokens, dtype=torch.bool)
+        seen[0, tokens // 2 :] = seen[1, :20] = False
+        if hidden == "padding":
+            bias = bias.masked_fill(~seen[:, None, None], torch.finfo(torch.float32).min)
+        elif hidden == "causal":
+            ahead = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+            bias = bias.masked_fill(ahead, -torch.inf)
+        case.bias = bias
+    arrays = {n: getattr(case, n).float().numpy() for n in ("q", "k", "v")}
+    if rows:
+        assert case.key_mask is not None
+        arrays["key_mask"] = case.key_mask.numpy()
+    if case.bias is not None:
+        arrays["bias"] = case.bias.float().numpy()
+    params = {n: p.float().numpy() for n, p in case.params.items()}
+    return Trial(case.form, _Site(where), arrays, params), case.attend().numpy()
+
+
+@pytest.mark.parametrize("tokens", [80, 101])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"causal": True},
+        {"rows": 1},
+        {"rows": 2, "causal": True},
+        {"hidden": "none"},
+        {"hidden": "none", "reach": 17},
+        {"hidden": "padding"},
+        {"hidden": "causal"},
+    ],
+    ids=str,
+)
+def test_blocks_are_the_same_and_counted(tokens: int, how: dict[str, Any]) -> None:
+    trial, want = blocks(tokens, **how)
+    relative = trial.spec.relative
+    assert trial.form.block(relative, tokens, tokens) == 16  # type: ignore[attr-defined]
+    built = trial.build()
+    assert "relative_blocks" in {k.scheduled_by for k in built.kernels}
+    np.testing.assert_allclose(trial.run(built), want, atol=2e-5, rtol=0)
+    if how.get("hidden") in (None, "none"):
+        count = trial.form.ops(trial.case.site)
+        assert {(o, d): n for o, d, n in built.ops} == {(o, d): n for o, d, n in count}
+        assert built.ops.bytes_written == count.bytes_written
+
+
+def test_blocks_with_narrow_vectors() -> None:
+    trial, want = blocks(85, hidden="padding")
+    narrow = with_target(trial, vector_bytes=16)
+    np.testing.assert_allclose(narrow.run(), want, atol=2e-5, rtol=0)
+
+
+def test_a_grid_or_few_tokens_are_not_cut_into_blocks() -> None:
+    form = form_named("kernel_rpe", {"reach": 8})
+    assert form.block((9, 9), 81, 81) == 0  # type: ignore[attr-defined]
+    assert form.block(None, 79, 79) == 0  # type: ignore[attr-defined]
+    assert form.block((91,), 479, 479) == 0  # type: ignore[attr-defined]
+    assert form.block((91,), 480, 480) == 96  # type: ignore[attr-defined]
