@@ -23,26 +23,43 @@ from passes.traced import Traced
 
 Batch = dict[str, Tensor]
 LICENSES = Path("/usr/share/common-licenses")
+LICENCES = "licences"  # the document they make
+MOST_ASIDE = 8  # batches
 FEWEST = 4  # batches from which some are set aside to choose the best state
 SHORTEST = 6  # words; less is a heading or a stray word, not a sentence
 
 
-def installed_sentences() -> list[str]:
-    """Paragraphs of at least six words from docstrings and licences, in a fixed order, once each.
+def installed_documents() -> dict[str, list[str]]:
+    """Paragraphs of at least six words by document, in a fixed order, each paragraph once.
+
+    A document is a top-level module or package of the standard library; all licence texts, which
+    quote each other, are one ("licences").
 
     Raises:
         FitError: this Python has neither sources nor licence texts (give calibration data then).
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(root.glob("*.py")) + sorted(root.glob("*/*.py"))
-    texts = [d for p in files if _is_prose(p.relative_to(root)) for d in _docstrings(p)]
+    texts: dict[str, list[str]] = {}
+    for path in files:
+        inside = path.relative_to(root)
+        if _is_prose(inside):
+            texts.setdefault(inside.parts[0], []).extend(_docstrings(path))
     if LICENSES.is_dir():
         real = sorted(p for p in LICENSES.iterdir() if p.is_file() and not p.is_symlink())
-        texts += [p.read_text(errors="ignore") for p in real]
-    found = list(dict.fromkeys(p for text in texts for p in _paragraphs(text)))
-    if not found:
+        texts[LICENCES] = [p.read_text(errors="ignore") for p in real]
+    seen: set[str] = set()
+    found = {name: _new(texts[name], seen) for name in texts}
+    if not seen:
         raise FitError("no text was found on this machine to calibrate with; give data instead")
-    return found
+    return {name: paragraphs for name, paragraphs in found.items() if paragraphs}
+
+
+def _new(texts: Sequence[str], seen: set[str]) -> list[str]:
+    """Paragraphs of `texts` that are not in `seen`, which they are then."""
+    fresh = [p for p in dict.fromkeys(p for t in texts for p in _paragraphs(t)) if p not in seen]
+    seen.update(fresh)
+    return fresh
 
 
 def _is_prose(path: Path) -> bool:
@@ -69,11 +86,23 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def split_sentences(seed: int = 0, held_out: int = 1500) -> tuple[list[str], list[str]]:
-    """(for fitting, held out): two disjoint shuffled lists of `installed_sentences`."""
-    texts = installed_sentences()
-    random.Random(seed).shuffle(texts)
-    cut = min(held_out, len(texts) // 4)
-    return texts[cut:], texts[:cut]
+    """(for fitting, held out): two shuffled lists of paragraphs, no document in both.
+
+    Documents are held out whole until they have `held_out` paragraphs, or a quarter of all.
+    """
+    documents = installed_documents()
+    draw = random.Random(seed)
+    names = [n for n in documents if n != LICENCES]
+    draw.shuffle(names)
+    most = min(held_out, sum(map(len, documents.values())) // 4)
+    held: list[str] = []
+    for name in names:
+        if len(held) + len(documents[name]) <= most:
+            held += documents.pop(name)
+    fit = [p for paragraphs in documents.values() for p in paragraphs]
+    draw.shuffle(fit)
+    draw.shuffle(held)
+    return fit, held
 
 
 def passages(texts: Sequence[str], count: int, *, seed: int = 0) -> list[str]:
@@ -218,10 +247,13 @@ def _check_tensor(
 
 
 def set_aside(data: list[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """(to train on, to choose the best state on): one batch in twelve, spread over the lengths."""
+    """(to train on, to choose the best state on): one batch in twelve, spread over the lengths.
+
+    At most about `MOST_ASIDE` are set aside: each check reads all of them.
+    """
     if len(data) < FEWEST:
         return data, data
-    step = min(12, len(data) // 2)
+    step = max(min(12, len(data) // 2), len(data) // MOST_ASIDE)
     chosen = set(range(step // 2, len(data), step))
     return [b for i, b in enumerate(data) if i not in chosen], [data[i] for i in sorted(chosen)]
 

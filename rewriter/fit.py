@@ -22,7 +22,7 @@ from rewriter.calibration import Batch, check_batches, set_aside, spread_out
 from rewriter.capture import Call, capture
 from rewriter.fidelity import Fidelity, Metric, compare, run_outputs
 from rewriter.fit_block import block_task
-from rewriter.fit_loop import Loop, Task
+from rewriter.fit_loop import Clock, Loop, Task
 from rewriter.fit_model import end_task, form_prefix, model_gap, teacher_of, trainable
 from rewriter.fit_report import FitReport, Recipe, Revert, SiteFit, Stage
 from rewriter.fit_site import (
@@ -55,6 +55,7 @@ def fit(
     metric: Metric | None = None,
     progress: Progress | None = None,
     recipe: Recipe | None = None,
+    clock: Clock = time.monotonic,
 ) -> FitReport:
     """Fit the rewritten sites to the original model, in place.
 
@@ -71,6 +72,8 @@ def fit(
             the main output over visible tokens.
         progress: called as progress(stage, site, step, total, loss, seconds_left).
         recipe: how the time is spent.
+        clock: what the seconds are read from; `time.process_time` makes the budget one of
+            processor time, whatever else the machine does.
 
     Raises:
         UsageError: a budget or max_drop that makes no sense, or no rewritten site.
@@ -80,7 +83,7 @@ def fit(
     _check_call(rewritten, seconds, max_drop)
     data = check_batches(batches, rewritten.traced)
     held = None if held_out is None else check_batches(held_out, rewritten.traced, "held-out data")
-    run = _Run(rewritten, data, held, seconds, state_dir, seed, metric, progress, recipe)
+    run = _Run(rewritten, data, held, seconds, state_dir, seed, metric, progress, recipe, clock)
     try:
         with torch.enable_grad():
             return run.all(max_drop)
@@ -112,14 +115,15 @@ class _Run:
         metric: Metric | None,
         progress: Progress | None,
         recipe: Recipe,
+        clock: Clock,
     ) -> None:
         self.rewritten, self.recipe, self.seconds, self.seed = rewritten, recipe, seconds, seed
-        self.metric, self.progress = metric, progress
+        self.metric, self.progress, self.clock = metric, progress, clock
         self.train, self.validation = set_aside(data)
         self.spread = spread_out(self.train, seed)
         self.held = held if held is not None else self.validation
         self.sites = list(rewritten.plan.rewritten)
-        self.start, self.cpu_start = time.monotonic(), time.process_time()
+        self.start, self.cpu_start = clock(), time.process_time()
         self.used_before, self.cpu_before = 0.0, 0.0
         self.loop: Loop | None = None
         self.state = FitState()
@@ -161,7 +165,7 @@ class _Run:
 
     def used(self) -> float:
         """Seconds of fitting so far, those before a kill included."""
-        return self.used_before + time.monotonic() - self.start
+        return self.used_before + self.clock() - self.start
 
     def save(self) -> None:
         """Write the state folder, if there is one."""
@@ -197,7 +201,8 @@ class _Run:
         """Run a task, record its stage, save."""
         if not task.params or task.name in self.state.done:
             return
-        self.loop = Loop(task, self.state, self.save, self.recipe.save_every, self.progress)
+        every, report, clock = self.recipe.save_every, self.progress, self.clock
+        self.loop = Loop(task, self.state, self.save, every, report, clock)
         threads = torch.get_num_threads()
         if task.site:
             # One site's tensors are small: threads waiting for each other on a busy machine

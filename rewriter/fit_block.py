@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from passes.substitute import Rewritten
 from rewriter.fit_loop import Task, shuffled
 from rewriter.fit_model import form_names, half, projection_names, with_rates
+from rewriter.fit_precision import arithmetic
 from rewriter.fit_report import Recipe
 from rewriter.linears import hidden_nodes, input_projections, output_projection, site_node
 from rewriter.taps import Tapped
@@ -108,8 +109,14 @@ class Activations:
     """What the original has at the blocks' borders for each batch; kept up to a limit."""
 
     def __init__(
-        self, teacher: Rewritten, parts: Sequence[Block], batches: Batches, most: int
+        self,
+        teacher: Rewritten,
+        parts: Sequence[Block],
+        batches: Batches,
+        most: int,
+        precision: str = "float32",
     ) -> None:
+        self.precision = precision
         names = dict.fromkeys(n for b in parts for n in (*b.inputs, b.out, b.stream))
         nodes = {n.name: n for n in teacher.module.graph.nodes}
         self.names, self.batches, self.most, self.held = list(names), batches, most, 0
@@ -123,7 +130,8 @@ class Activations:
         if index in self.kept:
             kept = self.kept[index]
             return {n: v.float() if n in self.halved else v for n, v in kept.items()}
-        _, values = self.model(**self.batches[index])
+        with arithmetic(self.precision, self.model.module):
+            _, values = self.model(**self.batches[index])
         made = dict(zip(self.names, values, strict=True))
         small = {n: _small(v) for n, v in made.items()}
         self.halved |= {n for n, v in made.items() if _dtype(v) != _dtype(small[n])}
@@ -154,12 +162,14 @@ def block_task(
 ) -> Task:
     """The stage over all calibration batches."""
     parts = blocks(rewritten)
-    wanted = Activations(teacher, parts, batches, recipe.cache_bytes)
+    wanted = Activations(teacher, parts, batches, recipe.cache_bytes, recipe.precision)
     checked = Activations(teacher, parts, validation, recipe.cache_bytes // 4)
 
     def loss(step: int, done: float) -> Tensor:
         index = shuffled(step, len(batches), seed, "blocks")
-        return block_loss(parts, wanted(index), batches[index])
+        values = wanted(index)
+        with arithmetic(recipe.precision, rewritten.module):
+            return block_loss(parts, values, batches[index])
 
     params, rates = block_parameters(rewritten, recipe)
     validate = _mean(parts, checked, validation)

@@ -15,6 +15,7 @@ from rewriter.fit_report import Stage
 from rewriter.fit_state import FitState
 
 Report = Callable[..., None]
+Clock = Callable[[], float]
 WARM_UP = 10  # steps, at least
 WARM_SHARE = 0.08  # of the task; Adam's first steps move every weight alike, useful or not
 CHECKS = 10  # validations of one loop
@@ -61,9 +62,10 @@ class Loop:
         save: Callable[[], None],
         save_every: float,
         report: Report | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
         self.task, self.state, self.save_now, self.report = task, state, save, report
-        self.save_every = save_every
+        self.save_every, self.clock = save_every, clock
         groups = [
             {"params": [p for n, p in task.params.items() if task.rates[n] == rate], "base": rate}
             for rate in sorted(set(task.rates.values()))
@@ -76,16 +78,16 @@ class Loop:
     def run(self) -> Stage:
         """Minimise; leaves the best parameters seen in place."""
         self._begin()
-        start, before = time.monotonic(), self.state.task_seconds
+        start, before = self.clock(), self.state.task_seconds
         saved = start
         while self._fraction() < 1 and not self._hopeless():
             self._step()
-            now = time.monotonic()
+            now = self.clock()
             self.state.task_seconds = before + now - start
             self._check()
             if now - saved >= self.save_every:
                 self.save_now()
-                saved = time.monotonic()
+                saved = self.clock()
         if self.checked < CHECKS:
             self._validate()
         self._restore()

@@ -12,6 +12,7 @@ from passes.plan import Plan
 from passes.substitute import Rewritten, substitute
 from rewriter.fit_loop import Task, shuffled
 from rewriter.fit_loss import floating, model_loss
+from rewriter.fit_precision import arithmetic
 from rewriter.fit_report import Recipe
 from rewriter.linears import Linear, hidden_nodes, input_projections, output_projection
 from rewriter.taps import Tapped
@@ -31,8 +32,11 @@ def teacher_of(rewritten: Rewritten) -> Rewritten:
 class Teacher:
     """The original's outputs and hidden states of each batch; kept in float16 up to a limit."""
 
-    def __init__(self, teacher: Rewritten, batches: Batches, max_bytes: int) -> None:
+    def __init__(
+        self, teacher: Rewritten, batches: Batches, max_bytes: int, precision: str = "float32"
+    ) -> None:
         self.batches, self.max_bytes, self.held = batches, max_bytes, 0
+        self.precision = precision
         self.model = Tapped(teacher.module, hidden_nodes(teacher))
         self.kept: dict[int, Targets] = {}
 
@@ -41,7 +45,8 @@ class Teacher:
         """(floating outputs, hidden states) of a batch."""
         if index in self.kept:
             return self.kept[index]
-        outputs, hidden = self.model(**self.batches[index])
+        with arithmetic(self.precision, self.model.module):
+            outputs, hidden = self.model(**self.batches[index])
         # float16 holds what float32 activations say to three digits; larger values stay as they are
         small = [half(t) for t in hidden]
         made = (floating(outputs), small)
@@ -69,12 +74,13 @@ def end_task(
 ) -> Task:
     """The end-to-end stage over all calibration batches."""
     student = Tapped(rewritten.module, hidden_nodes(rewritten))
-    targets = Teacher(teacher, batches, recipe.cache_bytes)
+    targets = Teacher(teacher, batches, recipe.cache_bytes, recipe.precision)
 
     def loss(step: int, done: float) -> Tensor:
         index = shuffled(step, len(batches), seed, "end")
         outputs, hidden = targets(index)
-        got, mine = student(**batches[index])
+        with arithmetic(recipe.precision, student.module):
+            got, mine = student(**batches[index])
         pairs = list(zip(mine, hidden, strict=True))
         return model_loss(floating(got), outputs, pairs, batches[index])
 

@@ -10,6 +10,7 @@ from passes.errors import UsageError
 from rewriter.fidelity import Fidelity
 
 TRAIN = ("forms", "projections", "layers")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,18 @@ class Recipe:
     make a fit the same on every machine (time then only stops it early); 0: only time counts.
     `train` says what is trained besides the forms: "forms" nothing, "projections" the q, k, v and
     output projections of the rewritten sites, "layers" also, in the end-to-end stage, every float
-    parameter of the graph but embedding tables.
+    parameter of the graph but embedding tables. `precision` is that of the products of the block
+    and end-to-end stages: "auto" is bfloat16 where the processor has instructions for it.
     """
 
     site_share: float = 0.06
     sequential_share: float = 0.0
-    block_share: float = 0.8
+    block_share: float = 0.5
     site_lr: float = 5e-2
     block_form_lr: float = 2e-2
     block_weight_lr: float = 2e-3
     form_lr: float = 1e-3
-    weight_lr: float = 1e-4
+    weight_lr: float = 5e-5
     scales: tuple[float, ...] = (1.0, 2.0, 3.0)
     site_steps: int = 0
     block_steps: int = 0
@@ -40,11 +42,15 @@ class Recipe:
     cache_bytes: int = 1 << 30
     save_every: float = 8.0
     train: str = "layers"
+    precision: str = "auto"
     refit: bool = True
 
     def __post_init__(self) -> None:
         if self.train not in TRAIN:
             raise UsageError(f"train: {self.train!r} is not one of {', '.join(TRAIN)}")
+        if self.precision not in PRECISIONS:
+            told = ", ".join(PRECISIONS)
+            raise UsageError(f"precision: {self.precision!r} is not one of {told}")
         if not 0 <= self.site_share + self.sequential_share + self.block_share < 1:
             raise UsageError("the shares of sites, sequence and blocks must leave time")
 

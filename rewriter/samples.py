@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rewriter.loaded import LoadedModel
 
 Batches = list[dict[str, "Tensor"]]
-FIT_TEXTS, HELD_OUT_TEXTS = 768, 96
+FIT_TEXTS, HELD_OUT_TEXTS = 4096, 96
 FEW_TEXTS = 24  # for a first look at fidelity without a fit
 HELD_OUT_SHARE = 8  # one sample in so many is measured on, never fitted on
 

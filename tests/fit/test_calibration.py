@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from passes.errors import FitError
-from rewriter.calibration import check_batches, passages, split_sentences, text_batches
+from rewriter.calibration import (
+    LICENCES,
+    check_batches,
+    installed_documents,
+    passages,
+    set_aside,
+    split_sentences,
+    text_batches,
+)
 from tests.fit.models import batches, rewritten
 
 
@@ -33,6 +41,25 @@ def test_installed_text_is_real_disjoint_and_seeded() -> None:
     assert split_sentences(seed=3) == (fit, held)
     assert split_sentences(seed=4)[0] != fit
     assert min(len(t.split()) for t in fit) >= 6
+
+
+def test_no_document_is_both_fitted_on_and_held_out() -> None:
+    held = set(split_sentences(seed=5)[1])
+    documents = installed_documents()
+    whole = [name for name, texts in documents.items() if set(texts) <= held]
+    assert sum(len(documents[name]) for name in whole) == len(held)
+    assert len(whole) > 5
+    assert LICENCES not in whole
+
+
+def test_few_batches_choose_the_best_state_however_many_there_are() -> None:
+    for count in (4, 30, 96, 400):
+        data = [{"x": torch.full((1,), float(i))} for i in range(count)]
+        train, aside = set_aside(data)
+        assert 2 <= len(aside) <= 9
+        assert len(train) + len(aside) == count
+        taken = sorted(int(b["x"]) for b in aside)
+        assert taken[0] < count / 2 < taken[-1] + 1  # spread over the lengths
 
 
 def test_passages_have_mixed_lengths() -> None:
