@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm import relax, te, tirx
 
-from codegen.kernels import binary, coded, dispatch
+from codegen.kernels import binary, coded, dispatch, fixed
 from codegen.kernels.attention import attributes
 from codegen.legalize import dtype_of
 from codegen.schedules._common import threads
@@ -61,6 +61,36 @@ class LinearKit:
             define, flat, *tensors, primfunc_name_hint=name, primfunc_attrs=_FUSABLE
         )
         return self._reshaped(self.builder.emit(made), [*lead, outputs])
+
+    def fixed_linear(
+        self, x: Any, words: Any, base: Any, offset: Any, limit: Any, spec: CodeSpec, fraction: int
+    ) -> Any:
+        """x [..., K] float32 by integers alone (codegen/kernels/fixed.py) -> [..., N] float32.
+
+        words int32 [P, G, 32], base and offset int32 [N], limit int32 [1]; int32 fixed point with
+        `fraction` bits behind the point. Conversions are kernels of their own.
+        """
+        *lead, depth = self._shape(x)
+        flat = self._reshaped(x, [math.prod(lead), depth])
+        whole = self._kernel(
+            lambda v, most: fixed.to_fixed(v, most, fraction), [flat, limit], "to_fixed"
+        )
+
+        def define(x: Any, words: Any, base: Any, offset: Any) -> Any:
+            return fixed.fixed(x, words, base, offset, spec)
+
+        apart = {"op_pattern": 8}  # nothing with floats may be fused in
+        made = self._kernel(define, [whole, words, base, offset], "fixed_linear", apart)
+        out = self._kernel(lambda y: fixed.to_float(y, fraction), [made], "to_float")
+        return self._reshaped(out, [*lead, int(base.ty.shape[0])])
+
+    def _kernel(
+        self, define: Any, args: list[Any], name: str, attrs: dict[str, Any] | None = None
+    ) -> Any:
+        made = self.builder.call_te(
+            define, *args, primfunc_name_hint=name, primfunc_attrs=attrs or {}
+        )
+        return self.builder.emit(made)
 
     def two_experts(
         self, x: Any, *, multiply: Any, words: Any, scale: Any, router: Any, bias: Any,

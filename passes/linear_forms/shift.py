@@ -21,9 +21,14 @@ from passes.form import FormConfig, Paper
 from passes.linear_form import LinearForm, LinearSpec, finite
 from passes.linear_forms._coded_ops import coded_ops
 from passes.linear_forms._codes import CodeSpec, nearest, pack, rounded, unpack, value_of
+from passes.linear_forms._fixed import fixed_ops, packed_fixed, run_fixed
 from passes.opcount import OpCount
 
-_CHOICES = {"train": ("q", "ps"), "base": ("row", "one"), "activations": ("float", "fixed")}
+_CHOICES = {
+    "train": ("q", "ps"),
+    "base": ("row", "one"),
+    "activations": ("float", "fixed", "integer"),
+}
 FIXED = 1 << 16  # fixed point: 16 bits before and 16 behind the point
 FIXED_LIMIT = 1 << 15
 
@@ -31,14 +36,16 @@ FIXED_LIMIT = 1 << 15
 @dataclass(frozen=True)
 class ShiftConfig(FormConfig):
     """bits 3 to 5 (sign included); terms 1, or 2 (sums of two powers, APoT; 5 bits); train "q" or
-    "ps"; base "row" (a power of two for each output) or "one"; activations "float" or "fixed"
-    (rounded down to 16 bits before and 16 behind the point)."""
+    "ps"; base "row" (a power of two for each output) or "one"; activations "float", "fixed"
+    (rounded down to 16 bits before and 16 behind the point) or "integer" (int32 with `fraction`
+    bits behind the point, 4 to 24; the whole product is shifts and additions of integers)."""
 
     bits: int = 4
     terms: int = 1
     train: str = "q"
     base: str = "row"
     activations: str = "float"
+    fraction: int = 16
 
     def __post_init__(self) -> None:
         if self.bits not in (3, 4, 5):
@@ -51,6 +58,8 @@ class ShiftConfig(FormConfig):
             if getattr(self, name) not in known:
                 given = getattr(self, name)
                 raise UsageError(f"{name}: must be {' or '.join(known)}, got {given!r}")
+        if type(self.fraction) is not int or not 4 <= self.fraction <= 24:
+            raise UsageError(f"fraction: a whole number from 4 to 24, got {self.fraction!r}")
         if self.terms == 2 and self.train == "ps":
             raise UsageError("train: ps trains one sign and one exponent; two terms need train=q")
 
@@ -125,29 +134,67 @@ class Shift(LinearForm):
         """x, or x rounded down to fixed point."""
         if self.config.activations == "float":
             return x
+        if self._integer:
+            return x
         low, high = -float(FIXED_LIMIT), FIXED_LIMIT - 1.0
         return _through(x.clamp(low, high), lambda v: torch.floor(v * FIXED) / FIXED)
 
+    def forward(
+        self, params: Mapping[str, Tensor], x: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        """As `LinearForm`; with integers their value, and the gradient of the float product."""
+        made = super().forward(params, x, weight)
+        if not self._integer:
+            return made
+        outputs, inputs = params["weight" if "weight" in params else "shift"].shape
+        spec = LinearSpec(self.name, inputs, outputs, "bias" in params, self.config.to_json())
+        packed = {n: p.to(x.device) for n, p in self.pack(params).items()}
+        exact = run_fixed(spec, self.codes, packed, self.config.fraction, x.detach())
+        return made + (exact - made).detach()
+
+    @property
+    def _integer(self) -> bool:
+        return self.config.activations == "integer"
+
+    def run_packed(self, spec: LinearSpec, packed: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """As `LinearForm`; integers as the kernel has them."""
+        if self._integer:
+            return run_fixed(spec, self.codes, packed, self.config.fraction, x)
+        return super().run_packed(spec, packed, x)
+
     def pack(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`words` int32 (passes/linear_forms/_codes.py) and `scale` float32 [N]."""
+        """`words` int32 (passes/linear_forms/_codes.py) and `scale` float32 [N]; with integers
+        `base`, `offset` and `limit` (passes/linear_forms/_fixed.py) in place of `scale`."""
+        if self._integer:
+            codes, fraction = self._codes(params), self.config.fraction
+            rest = packed_fixed(codes, params["base"], params.get("bias"), self.codes, fraction)
+            return {"words": pack(codes, self.codes), **rest}
         scale = torch.ldexp(torch.ones_like(params["base"]), params["base"]).float()
         return {"words": pack(self._codes(params), self.codes), "scale": scale.detach().cpu()}
 
     def packed_names(self, spec: LinearSpec) -> tuple[str, ...]:
-        """words, scale."""
-        return ("words", "scale")
+        """words, scale; or words, base, offset, limit."""
+        return ("words", "base", "offset", "limit") if self._integer else ("words", "scale")
 
     def unpack(self, spec: LinearSpec, packed: Mapping[str, Tensor]) -> Tensor:
         """The weight [N, K] float32."""
         codes = unpack(packed["words"], self.codes, (spec.outputs, spec.inputs))
-        return value_of(codes, self.codes) * packed["scale"][:, None]
+        value = value_of(codes, self.codes)
+        if self._integer:
+            return torch.ldexp(value, packed["base"].to(value)[:, None])
+        return value * packed["scale"][:, None]
 
     def ops(self, spec: LinearSpec, rows: int) -> OpCount:
-        """As the kernels of codegen/kernels/coded.py do, activations as floats."""
+        """As the kernels of codegen/kernels/coded.py (or fixed.py, integers) do."""
+        if self._integer:
+            return fixed_ops(self.codes, spec, rows)
         return coded_ops(self.codes, spec, rows)
 
     def kernel(self, kit: Any, spec: LinearSpec, packed: Mapping[str, Any], x: Any) -> Any:
         """Packed codes, expanded in registers."""
+        if self._integer:
+            tensors = [packed[n] for n in self.packed_names(spec)]
+            return kit.fixed_linear(x, *tensors, self.codes, self.config.fraction)
         if self.config.activations == "fixed":
             x = kit.fixed_point(x, FIXED, FIXED_LIMIT)
         bias = packed.get("bias")
