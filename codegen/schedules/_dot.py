@@ -14,7 +14,13 @@ from tvm.tirx.script.builder import ir as T
 from codegen.kernels.dense import panel_width
 from codegen.kernels.quantized import GROUP
 from codegen.schedules._common import Blocks
-from codegen.schedules.dense import row_parallel, row_tile_of, store_block, store_vectors
+from codegen.schedules.dense import (
+    row_parallel,
+    row_tile_of,
+    store_block,
+    store_vectors,
+    weight_dominates,
+)
 from codegen.target import Target
 
 IMPORT = "pragma_import_llvm"
@@ -26,12 +32,13 @@ def schedule_dot(blocks: Blocks, precision: str, target: Target) -> Any:
     product = blocks.named(name)
     store = store_block(blocks, name)
     *lead, rows, columns, depth = sch.get_loops(product)
+    over_panels = weight_dominates(sch, [*lead, rows], columns, depth)
     row_out, row_in = sch.split(rows, [None, row_tile_of(sch, store, target)])
     panel, column = sch.split(columns, [None, panel_width(target)])
     vector, lane = sch.split(column, [None, target.lanes])
     step, group = sch.split(depth, [None, GROUP[precision]])
     sch.reorder(*lead, row_out, panel, step, row_in, vector, lane, group)
-    tile = row_parallel(sch, [*lead, row_out], panel, target)
+    tile = row_parallel(sch, [*lead, row_out], panel, over_panels, target)
     sch.reverse_compute_at(store, tile)
     store_vectors(sch, store, target)
     sch.unroll(row_in)

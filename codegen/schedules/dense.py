@@ -12,6 +12,7 @@ from codegen.schedules._common import (
     extent,
     fuse_all,
     parallel_chunks,
+    size,
     vector_split,
 )
 from codegen.target import Target
@@ -28,10 +29,11 @@ def apply(func: Any, target: Target) -> Any | None:
     store = store_block(blocks, "dense")
     *lead, rows, columns, depth = sch.get_loops(product)
     mt = row_tile_of(sch, store, target)
+    over_panels = weight_dominates(sch, [*lead, rows], columns, depth)
     row_out, row_in = sch.split(rows, [None, mt])
     panel, column = sch.split(columns, [None, panel_width(target)])
     sch.reorder(*lead, row_out, panel, depth, row_in, column)
-    tile = _parallel(sch, blocks, [*lead, row_out], panel, target)
+    tile = _parallel(sch, blocks, [*lead, row_out], panel, over_panels, target)
     finish_tile(sch, blocks, store, tile, (row_in, column, depth), target)
     return sch
 
@@ -58,28 +60,38 @@ def store_block(blocks: Blocks, name: str) -> Any:
     return sch.cache_write(blocks.named(name), 0, "global")
 
 
-def _parallel(sch: Any, blocks: Blocks, tiles: list[Any], panel: Any, target: Target) -> Any:
+def weight_dominates(sch: Any, rows: list[Any], columns: Any, depth: Any) -> bool:
+    """Whether the weight is larger than what is read and written for all rows."""
+    n, k = extent(sch, columns), extent(sch, depth)
+    return n * k > size(sch, rows) * (n + k)
+
+
+def _parallel(
+    sch: Any, blocks: Blocks, tiles: list[Any], panel: Any, over_panels: bool, target: Target
+) -> Any:
     """Parallel over row tiles or over panels, whichever loads the threads better.
 
     Inside one thread a panel is used for all of the thread's rows before the next one is read.
     """
     if "dense_panel" not in blocks.names:
-        return row_parallel(sch, tiles, panel, target)
+        return row_parallel(sch, tiles, panel, over_panels, target)
     sch.reorder(panel, *tiles)
     _, inner = parallel_chunks(sch, [panel], target)
     pack_panel(sch, blocks.named("dense_panel"), inner)
     return fuse_all(sch, tiles)
 
 
-def row_parallel(sch: Any, tiles: list[Any], panel: Any, target: Target) -> Any:
+def row_parallel(sch: Any, tiles: list[Any], panel: Any, over_panels: bool, target: Target) -> Any:
     """As `dense` for packed panels: parallel over row tiles or panels; the loop over tiles.
 
-    Where both load the threads alike, over panels: each thread then fetches its own part of the
-    weight, which the caches seldom still hold from the last inference, and uses it for all rows.
+    Where both load the threads alike, `over_panels` decides: each thread then fetches its own part
+    of the weight, which the caches seldom still hold from the last inference; over rows, its own
+    rows of x, which the same thread often wrote.
     """
     rows, panels = [extent(sch, t) for t in tiles], [extent(sch, panel)]
     sch.reorder(panel, *tiles)
-    if chunk_cost(panels, target) <= chunk_cost(rows, target):
+    by_panels, by_rows = chunk_cost(panels, target), chunk_cost(rows, target)
+    if by_panels < by_rows or (over_panels and by_panels == by_rows):
         parallel_chunks(sch, [panel], target)
         return fuse_all(sch, tiles)
     return _chunks_of_rows(sch, tiles, panel, target)
