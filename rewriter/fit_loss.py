@@ -37,6 +37,13 @@ def divergence(attention: AttentionModule, call: Call, target: Tensor | None = N
 
     Has the gradient of the cross-entropy on attention weights (Zhang et al. 2024, eq. 7).
     """
+    return head_divergences(attention, call, target).mean()
+
+
+def head_divergences(
+    attention: AttentionModule, call: Call, target: Tensor | None = None
+) -> Tensor:
+    """`divergence` of each head: [H]."""
     want = teacher_weights(attention, call) if target is None else target
     params = dict(attention.params.items())
     got = attention.form.weights(attention.spec, params, call.q, call.k, call.key_mask, call.bias)
@@ -45,7 +52,7 @@ def divergence(attention: AttentionModule, call: Call, target: Tensor | None = N
     got = got.clamp_min(TINY)
     rows = torch.xlogy(want, want).sum(-1, keepdim=True) - (want * got.log()).sum(-1, keepdim=True)
     mask = row_mask(attention, call)
-    return (rows * mask).sum() / (mask.sum() * want.shape[1]).clamp_min(1)
+    return (rows * mask).sum((0, 2, 3)) / mask.sum().clamp_min(1)
 
 
 def output_error(attention: AttentionModule, call: Call, want: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from passes.form import Form
 from passes.substitute import AttentionModule, Rewritten
 from rewriter.capture import Call, capture
 from rewriter.fit_loop import Task, shuffled
-from rewriter.fit_loss import divergence, output_error, row_mask
+from rewriter.fit_loss import divergence, head_divergences, output_error, row_mask
 from rewriter.fit_report import Recipe
 from rewriter.linears import Linear, output_projection
 from rewriter.ridge import Refit, refit
@@ -45,18 +45,38 @@ def measure(attention: AttentionModule, calls: Sequence[Call]) -> tuple[float, f
 @torch.no_grad()
 def choose_scale(
     attention: AttentionModule, calls: Sequence[Call], scales: Sequence[float]
-) -> float:
-    """Multiply the form's fresh parameters by the one of `scales` with the least divergence."""
+) -> Tensor:
+    """Multiply the form's fresh parameters by those of `scales` with the least divergence.
+
+    A scale for each key/value head where all parameters are by head (their first axis is H or G)
+    and that is better than one scale for all; returns the choice, [G].
+    """
     fresh = {n: p.detach().clone() for n, p in attention.params.items()}
-    found: list[tuple[float, float]] = []
+    groups = attention.site.dims.G
+    found: list[tuple[Tensor, float]] = []
     for scale in scales:
-        _set(attention, fresh, scale)
-        gap = sum(float(divergence(attention, c)) for c in calls)
-        if gap == gap:  # not NaN
-            found.append((gap, scale))
-    best = min(found)[1] if found else 1.0
-    _set(attention, fresh, best)
-    return best
+        _set(attention, fresh, torch.full((groups,), scale))
+        gaps = _head_gaps(attention, calls)
+        if bool(torch.isfinite(gaps).all()):
+            found.append((gaps, scale))
+    if not found:
+        _set(attention, fresh, torch.ones(groups))
+        return torch.ones(groups)
+    least, single = min((float(gaps.sum()), scale) for gaps, scale in found)
+    chosen = torch.full((groups,), single)
+    if all(p.ndim and p.shape[0] in (groups, attention.site.dims.H) for p in fresh.values()):
+        by_group = torch.stack([gaps.reshape(groups, -1).sum(1) for gaps, _ in found])
+        each = torch.tensor([scale for _, scale in found])[by_group.argmin(0)]
+        _set(attention, fresh, each)
+        if float(_head_gaps(attention, calls).sum()) < least:
+            return each
+    _set(attention, fresh, chosen)
+    return chosen
+
+
+def _head_gaps(attention: AttentionModule, calls: Sequence[Call]) -> Tensor:
+    """Summed divergence of each head over the calls: [H]."""
+    return torch.stack([head_divergences(attention, c) for c in calls]).sum(0)
 
 
 @torch.no_grad()
@@ -95,9 +115,14 @@ def _learns(attention: AttentionModule) -> bool:
     return type(attention.form).learn is not Form.learn
 
 
-def _set(attention: AttentionModule, values: dict[str, Tensor], scale: float) -> None:
+def _set(attention: AttentionModule, values: dict[str, Tensor], scales: Tensor) -> None:
+    """Parameters as `values` times `scales` [G]: by head, or the one scale where all are equal."""
     for name, param in attention.params.items():
-        param.copy_(values[name] * scale)
+        factor: Tensor | float = float(scales[0])
+        if bool((scales != scales[0]).any()):
+            each = scales.repeat_interleave(len(param) // len(scales))
+            factor = each.reshape(-1, *[1] * (param.ndim - 1)).to(param)
+        param.copy_(values[name] * factor)
 
 
 def site_task(
