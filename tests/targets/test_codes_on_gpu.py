@@ -119,7 +119,7 @@ WAYS = ["hamming", "hamming, both ways", "hamming_table", "shiftadd", "shift", "
 
 def rewritten(way: str) -> tuple[Result, dict[str, torch.Tensor]]:
     """A tiny model with codes in it, and inputs."""
-    linear = way if way in ("shift", "shiftadd_ptq") else None
+    linear = way if way.split(":")[0] in ("shift", "shiftadd_ptq") else None
     form = "exact" if linear else way
     form, both = form.split(",")[0], way in ("shiftadd", "hamming, both ways")
     model: nn.Module = Encoder() if both else Decoder()
