@@ -96,6 +96,19 @@ def learn(
     return new
 
 
+def learn_kernel(
+    params: Mapping[str, Tensor], samples: Sequence[Sample], *, seed: int = 0
+) -> dict[str, Tensor]:
+    """Anchors, centre and rate from the given queries and keys; the mixing stays as it is.
+
+    FitError as in `learn`.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    groups, _, anchors = params["anchors"].shape
+    q, k = pick(samples, groups, Learning(), draw, shared=False)
+    return _kernel(q, k, anchors, draw)
+
+
 def pick(
     samples: Sequence[Sample], groups: int, how: Learning, draw: torch.Generator, shared: bool
 ) -> tuple[Tensor, Tensor]:

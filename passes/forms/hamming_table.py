@@ -11,7 +11,7 @@ from torch import Tensor, zeros
 from passes.errors import UsageError
 from passes.form import Form, FormConfig, FormSpec, Paper, Params, Verdict
 from passes.forms import _hash, _table
-from passes.forms._hash_learn import learn
+from passes.forms._hash_learn import learn_kernel
 from passes.forms._linear import accumulate_dtype, item_bytes, linear_verdict, sizes
 from passes.forms.shiftadd import sign_ops
 from passes.opcount import OpCount
@@ -40,12 +40,13 @@ class HammingTableConfig(FormConfig):
 class HammingTable(Form):
     """Weights by Hamming distance, one table a head, in quadratic time.
 
-    The codes are those of `hamming` (or plain signs, as in the paper); the weight of a pair is
-    entry popcount(q xor k) of the head's table, normalised over the keys a query sees. The table
-    starts as exp(scale * (b - 2 distance)), as if queries and keys had length sqrt(D), and is
-    fitted to the site's own attention by maximum likelihood (`rewriter fit`), after the hash. The
-    paper's choice of the N largest weights is not made. Causal and padding masks; dropout on
-    attention weights is ignored.
+    The codes are a kernelised hash as in `hamming` (or plain signs, as in the paper); the weight
+    of a pair is entry popcount(q xor k) of the head's table, normalised over the keys a query
+    sees. The table starts as exp(scale * (b - 2 distance)), as if queries and keys had length
+    sqrt(D). `rewriter fit` takes the hash's anchors, bandwidth and centres from the site's own
+    queries and keys (its mixing stays random: mixings learned as for `hamming` gave larger errors)
+    and fits the table to the site's attention by maximum likelihood. The paper's choice of the N
+    largest weights is not made. Causal and padding masks; dropout on attention weights is ignored.
     """
 
     name = "hamming_table"
@@ -94,11 +95,14 @@ class HammingTable(Form):
         seed: int = 0,
         warm: bool = False,
     ) -> dict[str, Tensor]:
-        """The hash (or the thresholds), then the table under its codes."""
-        if self.options.quantiser == "hash":
-            known = {n: params[n] for n in _hash.NAMES}
-            found = learn(known, samples, self.options.bits, shared=False, seed=seed, warm=warm)
-        else:
+        """Where the hash looks (or the thresholds), then the table under its codes.
+
+        A refresh (`warm`) leaves the codes and fits the table anew.
+        """
+        found = {n: p.detach() for n, p in params.items() if n != "table"}
+        if not warm and self.options.quantiser == "hash":
+            found |= learn_kernel(found, samples, seed=seed)
+        elif not warm:
             found = {"threshold": _hash.mean_channels(samples, site.dims.G)}
 
         def count(q: Tensor, k: Tensor) -> Tensor:
