@@ -248,6 +248,8 @@ def fine_tune(
 ) -> FineTuned:
     """Train the rewritten model on a loss of your own; completes `result.report`.
 
+    With two-expert layers (`moe`) 0.01 of the loss that balances their experts is added.
+
     Args:
         result: of `rewrite`, traced with a batch axis that fits `data` (``dynamic_shapes="auto"``).
         data: dicts of tensors: the model's inputs by name, and whatever else `loss` reads.
@@ -260,9 +262,13 @@ def fine_tune(
         UsageError, FitError.
     """
     from rewriter.fine_tune import fine_tune as train
+    from rewriter.linear_train import balanced
+    from rewriter.moe_routing import ROUTED, tell_routing
     from rewriter.pipeline import measure_fidelity
 
-    done = train(result.rewritten, data, loss, seconds=seconds, **options)
+    with balanced(result, loss) as whole:
+        done = train(result.rewritten, data, whole, seconds=seconds, **options)
+    tell_routing(result, options.get("validation") or data[:ROUTED])
     result.tuned = done
     report = result.report.with_fidelity(measure_fidelity(result))
     result.report = report.with_notes(

@@ -62,16 +62,31 @@ def recover(
     half: dict[str, Any] = {"seconds": seconds / 2, "rates": rates, "progress": progress}
     with _frozen(routers):
         first = fine_tune(result.rewritten, data, loss, **half)
-    watched = Watched(Balance(result.rewritten.module), loss, BALANCE)
-    with watched:
-        second = fine_tune(result.rewritten, data, watched.loss, **half)
+    with balanced(result, loss) as both:
+        second = fine_tune(result.rewritten, data, both, **half)
     result.report = result.report.with_notes(
         _told("Experts trained, routers as they were made", first),
         _told(f"Routers trained too, with {BALANCE} of the balance", second),
-    ).with_experts(training=watched.history())
+    )
     result.report = result.report.with_linear_fit(trained=[first.to_json(), second.to_json()])
     _, held = set_aside([dict(b) for b in data])
     tell_routing(result, held)
+
+
+@contextlib.contextmanager
+def balanced(result: Result, task: Loss) -> Iterator[Loss]:
+    """`task` with `BALANCE` of the balance where the model has two-expert layers, to train on.
+
+    Afterwards the report of `result` holds what the balance did.
+    """
+    module = result.rewritten.module
+    if not _routers(module):
+        yield task
+        return
+    watched = Watched(Balance(module), task, BALANCE)
+    with watched:
+        yield watched.loss
+    result.report = result.report.with_experts(training=watched.history())
 
 
 def _told(what: str, done: FineTuned) -> str:

@@ -41,8 +41,9 @@ class ExpertTimes:
         """For the report."""
         rows, inputs, outputs = self.shape
         share = self.multiply / (self.multiply + self.shift)
+        layers = f"{len(self.layers)} layer" + "s" * (len(self.layers) != 1)
         return (
-            f"moe, {len(self.layers)} layers {inputs} -> {outputs} on {rows} tokens: "
+            f"moe, {layers} {inputs} -> {outputs} on {rows} tokens: "
             f"multiply {self.multiply:.4g}, shift {self.shift:.4g} {self.unit} ({self.source}); "
             f"balanced with {1 - share:.0%} of the tokens at multiply."
         )

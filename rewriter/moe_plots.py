@@ -51,7 +51,7 @@ def balance(experts: Experts, colours: Mapping[str, str] | None = None) -> Figur
         wanted = sum(even) / len(even)
         below.axhline(wanted, color=paint(INK), linestyle=":", linewidth=1.2)
         below.annotate(
-            "equal time", (steps[-1], wanted), xytext=(0, 3), textcoords="offset points",
+            "equal time", (steps[-1], wanted), xytext=(0, 8), textcoords="offset points",
             ha="right", fontsize=8.5, color=paint(FAINT),
         )  # fmt: skip
     below.set_ylim(0, 1)

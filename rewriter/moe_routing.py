@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Tensor]
 POINTS = 200  # of a history, at most
+ROUTED = 8  # batches that are counted where none are set aside
 PIXELS = 28  # a side of the image kept beside the maps, at most
 GREYS = 16
 PREFIX = 6  # tokens before the patches of an image, at most

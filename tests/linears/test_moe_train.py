@@ -14,6 +14,8 @@ from passes.errors import UsageError
 from passes.linears import linear_modules
 from passes.moe_balance import Balance
 from rewriter import linear_train
+from rewriter.api import fine_tune
+from rewriter.fine_tune import Rates
 from rewriter.linear_train import recover
 from rewriter.moe_routing import POINTS, Watched, routing
 from rewriter.report import RewriteReport
@@ -67,7 +69,7 @@ def test_experts_are_trained_first_then_the_routers_too(
     before = copy.deepcopy(layers["down"].params.state_dict())
     assert set(layers) == {"up", "down"}
     monkeypatch.setattr(linear_train, "RATE", 2e-3)
-    recover(result, [{"image": images(2)}] * 8, seconds=60.0, steps=25)
+    recover(result, [{"image": images(2)}] * 8, seconds=1200.0, steps=25)
     assert [frozen for frozen, _ in seen] == [True, False]
     first, second = (state for _, state in seen)
     assert torch.equal(before["router"], first["router"])
@@ -93,6 +95,21 @@ def test_a_fit_trains_the_routers_too() -> None:
     )
     assert result.report.experts["training"]
     assert any("Routers trained too" in note for note in result.report.notes)
+
+
+def test_a_loss_of_ones_own_is_balanced_too(result: Any) -> None:
+    data = [{"image": images(2), "wanted": torch.randn(2, 16, 5)} for _ in range(8)]
+    losses: list[float] = []
+
+    def task(outputs: Tensor, batch: Any) -> Tensor:
+        losses.append(float((outputs - batch["wanted"]).square().mean().detach()))
+        return (outputs - batch["wanted"]).square().mean()
+
+    done = fine_tune(result, data, task, seconds=600.0, rates=Rates(steps=6))
+    assert done.steps == 6
+    history = result.report.experts["training"]
+    assert [row["step"] for row in history] == list(range(1, 7))
+    assert all(row["task"] in losses for row in history)
 
 
 def test_the_routing_counts_every_token_and_maps_the_patches(result: Any) -> None:
