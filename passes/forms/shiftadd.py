@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from passes.errors import UsageError
 from passes.form import Form, FormConfig, FormSpec, Paper, Params, Reason, Verdict, no
-from passes.forms import _hash
-from passes.forms._hash_learn import learn
+from passes.forms import _hash, _table
+from passes.forms._hash_learn import learn, learn_kernel
 from passes.forms._linear import (
     accumulate_dtype,
     count_dtype,
@@ -38,15 +38,20 @@ class ShiftAddConfig(FormConfig):
     `quantiser` "hash" makes codes of `bits` with a kernelised hash of `anchors` (queries and keys
     share one projection where the site allows it), "sign" compares each channel of the
     normalised query and key with a threshold of its head that is frozen (D bits, two projections).
+    `product` "linear" is that of the release; "quadratic" weighs every pair by the bits both codes
+    have set, by a table of exponentials for each head.
     """
 
     quantiser: str = "hash"
     bits: int = 16
     anchors: int = 25
+    product: str = "linear"
 
     def __post_init__(self) -> None:
         if self.quantiser not in ("hash", "sign"):
             raise UsageError(f"quantiser: hash or sign, got {self.quantiser!r}")
+        if self.product not in ("linear", "quadratic"):
+            raise UsageError(f"product: linear or quadratic, got {self.product!r}")
         for name, most in (("bits", 64), ("anchors", 1024)):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= most:
@@ -60,6 +65,10 @@ class ShiftAdd(Form):
     constant term is the query's own value, as released, and DW is a depthwise convolution over
     nine tokens, trained with the model and zero at first. Thresholds are frozen; the release
     takes the mean over the batch. Not made for causal masks or for other tokens as keys.
+
+    With `product` "quadratic" the output is softmax attention over the number of common bits,
+    sum_j w[c_q . c_k] v_j / sum_j w[c_q . c_k] + DW(v), without a constant term. The table w
+    starts as an exponential and is fitted to the site's attention after the codes.
     """
 
     name = "shiftadd"
@@ -74,7 +83,7 @@ class ShiftAdd(Form):
     needs = "training"
     straight_through = True
     weighted = False
-    free = frozenset({"conv"})
+    free = frozenset({"conv", "table"})
     Config = ShiftAddConfig
 
     @property
@@ -111,12 +120,19 @@ class ShiftAdd(Form):
         return _hash.last_stage(site, sites)
 
     def init_params(self, site: AttentionSite) -> dict[str, Tensor]:
-        """conv [G, 9] and the quantiser: a random hash, or threshold [G]."""
-        d, o = site.dims, self.options
-        conv = torch.zeros(d.G, TAPS)
+        """conv [G, 9], the quantiser (a random hash, or threshold [G]), table [H, b + 1]."""
+        d, o, bits = site.dims, self.options, self._bits(site)
+        made = {"conv": torch.zeros(d.G, TAPS)}
+        if self._quadratic:
+            step = 2 * site.scale * d.D / bits
+            made["table"] = _table.straight_table(d.H, bits, -step * bits, step)
         if o.quantiser == "sign":
-            return {"conv": conv, "threshold": torch.zeros(d.G)}
-        return {"conv": conv, **_hash.initial(d.G, d.D, o.anchors, o.bits)}
+            return {**made, "threshold": torch.zeros(d.G)}
+        return {**made, **_hash.initial(d.G, d.D, o.anchors, o.bits)}
+
+    @property
+    def _quadratic(self) -> bool:
+        return self.options.product == "quadratic"
 
     def learn(
         self,
@@ -127,12 +143,26 @@ class ShiftAdd(Form):
         seed: int = 0,
         warm: bool = False,
     ) -> dict[str, Tensor]:
-        """The hash, or each head's threshold: the mean channel of its normalised rows."""
-        if self.options.quantiser == "hash":
-            known = {n: params[n] for n in _hash.NAMES}
+        """The hash, or each head's threshold: the mean channel of its normalised rows.
+
+        Quadratic: where the hash looks (as `hamming_table`), and the table under the codes.
+        """
+        known = {n: params[n].detach() for n in params if n in (*_hash.NAMES, "threshold")}
+        if self.options.quantiser == "sign":
+            found = {"threshold": _hash.mean_channels(samples, site.dims.G)}
+        elif self._quadratic:
+            found = known if warm else {**known, **learn_kernel(known, samples, seed=seed)}
+        else:
             bits = self.options.bits
-            return learn(known, samples, bits, shared=site.shared, seed=seed, warm=warm)
-        return {"threshold": _hash.mean_channels(samples, site.dims.G)}
+            found = learn(known, samples, bits, shared=site.shared, seed=seed, warm=warm)
+        if not self._quadratic:
+            return found
+
+        def count(q: Tensor, k: Tensor) -> Tensor:
+            return _table.by_common(self.codes(q, found), self.codes(k, found))
+
+        start = params["table"].detach()
+        return {**found, "table": _table.fit_table(site, self.spec(site), start, samples, count)}
 
     def _projections(self, x: Tensor, params: Params) -> Tensor:
         """u [B, H, N, b], positive where the code is 1."""
@@ -164,8 +194,26 @@ class ShiftAdd(Form):
         values = v.to(accumulate_dtype(v.dtype))
         if key_mask is not None:
             values = values.masked_fill(~key_mask[:, None, :, None], 0.0)
+        y = self._whole(spec, params, cq, ck, values, key_mask)
+        near = _convolve(values, params["conv"].to(values.dtype))
+        return (y + near.repeat_interleave(cq.shape[1] // v.shape[1], 1)).to(v.dtype)
+
+    def _whole(
+        self,
+        spec: FormSpec,
+        params: Params,
+        cq: Tensor,
+        ck: Tensor,
+        values: Tensor,
+        key_mask: Tensor | None,
+    ) -> Tensor:
+        """What all keys give, without the convolution: [B, H, T, E]."""
+        if self._quadratic:
+            common = _table.by_common(cq, ck)
+            weights = _table.attention_weights(params["table"], common, spec, key_mask)
+            return _table.weighted(weights, values, key_mask)
         batch, heads, tokens, width = cq.shape
-        groups = v.shape[1]
+        groups = values.shape[1]
         state = ck.mT @ values  # [B, G, b, E]
         read = cq.reshape(batch, groups, -1, width) @ state
         share = heads // groups
@@ -173,9 +221,7 @@ class ShiftAdd(Form):
         y = y + values.repeat_interleave(share, 1) / 2
         # The gradient of a square root at zero is infinite: rows of zeros stay what they are.
         square = y.square().sum(-1, keepdim=True)
-        y = y / square.clamp_min(TINY * TINY).sqrt()
-        near = _convolve(values, params["conv"].to(values.dtype))
-        return (y + near.repeat_interleave(share, 1)).to(v.dtype)
+        return y / square.clamp_min(TINY * TINY).sqrt()
 
     def weights(
         self,
@@ -191,6 +237,9 @@ class ShiftAdd(Form):
         Only for measuring: the output is not these weights times the values.
         """
         cq, ck = self.codes(q, params), self.codes(k, params)
+        if self._quadratic:
+            common = _table.by_common(cq, ck)
+            return _table.attention_weights(params["table"], common, spec, key_mask).to(q.dtype)
         batch, heads, queries, width = cq.shape
         scores = cq.reshape(batch, ck.shape[1], -1, width) @ ck.mT / math.pi + 0.5
         scores = scores.reshape(batch, heads, queries, -1)
@@ -204,6 +253,7 @@ class ShiftAdd(Form):
         hash           add 2*m*D + m*b, mul 2*m + m*b for each hashed row
         sums           add b*E for each key and each query
         per value      own value, 1/pi, nine taps, squares, length: mul 13, add 12
+        Quadratic: for each pair add b + E, mul E; nine taps for each value.
         """
         b_, h, g, t, s, d, e = sizes(site)
         m, b = self.options.anchors, self._bits(site)
@@ -211,6 +261,12 @@ class ShiftAdd(Form):
         hashed = queries if site.shared else queries + keys
         if self.options.quantiser == "sign":
             hashed = 0
+        if self._quadratic:
+            pairs, taps = b_ * h * t * s, TAPS * queries * e
+            return OpCount.of(
+                mul=hashed * (2 * m + m * b) + pairs * e + taps,
+                add=hashed * (2 * m * d + m * b) + pairs * (b + e) + taps,
+            )
         return OpCount.of(
             mul=hashed * (2 * m + m * b) + queries * 13 * e,
             add=hashed * (2 * m * d + m * b) + (queries + keys) * b * e + queries * 12 * e,
@@ -228,6 +284,7 @@ class ShiftAdd(Form):
         y              mul 2, add 1; length: mul and add 1; output: mul and add 1, for queries*E
         taps           mul and add 9*queries*E
         length         sqrt, max, div queries
+        Quadratic: codes, the table (passes/forms/_table.py), taps and their sum.
         """
         b_, h, g, t, s, d, e = sizes(site)
         o, item, b = self.options, item_bytes(site), self._bits(site)
@@ -238,6 +295,10 @@ class ShiftAdd(Form):
                 total += _hash.hash_ops(rows, g, d, o.anchors, b, item)
             else:
                 total += sign_ops(rows, g, d, item)
+        if self._quadratic:
+            values = queries * e
+            near = OpCount.of(mul=TAPS * values, add=(TAPS + 1) * values, read=4 * g * TAPS)
+            return total + _table.table_ops(site, b, common=True) + near
         pairs, values = (queries + keys) * b * e, queries * e
         masked = site.mask.padding
         total += OpCount.of("uint32", shift=(queries + keys) * b)
@@ -268,13 +329,18 @@ class ShiftAdd(Form):
         bias: Any = None,
     ) -> Any:
         """Packed codes of q and k, then sums of chosen values."""
-        rest = {n: p for n, p in params.items() if n != "conv"}
+        rest = {n: p for n, p in params.items() if n not in ("conv", "table")}
         make = kit.hash_codes if self.options.quantiser == "hash" else kit.sign_codes
         cq = make(q, **rest)
         ck = cq if k is q else make(k, **rest)
         bits = self.options.bits
         if self.options.quantiser == "sign":
             bits = kit.width(q)
+        if self._quadratic:
+            table, conv = params["table"], params["conv"]
+            return kit.table_attention(
+                cq, ck, v, table, key_mask=key_mask, conv=conv, causal=False, bits=bits, common=True
+            )
         return kit.angular_attention(cq, ck, v, params["conv"], key_mask=key_mask, bits=bits)
 
 
