@@ -8,15 +8,9 @@ from typing import Any
 
 import torch
 
-from passes.errors import UsageError
-from passes.form import Form, FormConfig, FormSpec, Paper, Params, Verdict
-from passes.forms._landmarks import (
-    filled,
-    filled_ops,
-    landmark_verdict,
-    segment_means,
-    segment_ops,
-)
+from passes.form import FormConfig, FormSpec, Paper
+from passes.forms._landmark_form import LandmarkForm, whole_number
+from passes.forms._landmarks import filled, filled_ops, segment_means, segment_ops
 from passes.forms._linear import accumulate_dtype, count_dtype, item_bytes, sizes
 from passes.forms._rows import times_values
 from passes.forms.exact import Exact
@@ -36,13 +30,11 @@ class NystromConfig(FormConfig):
     steps: int = 6
 
     def __post_init__(self) -> None:
-        for name, most in (("landmarks", 512), ("steps", 100)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise UsageError(f"{name}: a whole number from 1 to {most}, got {value!r}")
+        whole_number("landmarks", self.landmarks, 512)
+        whole_number("steps", self.steps, 100)
 
 
-class Nystrom(Form):
+class Nystrom(LandmarkForm):
     """F A^+ B v of three softmax matrices: queries and landmark queries against (landmark) keys.
 
     Landmarks are means of neighbouring tokens, so it holds where neighbours are alike; with all
@@ -52,7 +44,6 @@ class Nystrom(Form):
     """
 
     name = "nystrom"
-    family = "low-rank"
     paper = Paper(
         "Xiong, Zeng, Chakraborty, Tan, Fung, Li, Singh",
         "Nystromformer: A Nystrom-Based Algorithm for Approximating Self-Attention",
@@ -60,52 +51,18 @@ class Nystrom(Form):
         "https://arxiv.org/abs/2102.03902",
     )
     formula = "softmax(s q k~^T) softmax(s q~ k~^T)^+ softmax(s q~ k^T) v,  ~ means of runs"
-    normalised = False
     Config = NystromConfig
 
-    @property
-    def options(self) -> NystromConfig:
-        """The config by its own type."""
-        assert isinstance(self.config, NystromConfig)
-        return self.config
-
-    def applies(self, site: AttentionSite) -> Verdict:
-        """Padding masks, cross attention and grouped heads; nothing causal, no bias or window."""
-        return landmark_verdict(site, self.name)
-
-    def dense(self, queries: int, keys: int) -> bool:
-        """Whether exact attention does the work of so many tokens."""
-        return min(queries, keys) <= self.options.landmarks
-
-    def attend(
+    def low_rank(
         self,
         spec: FormSpec,
-        params: Params,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         key_mask: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention [B, H, T, E]."""
-        if self.dense(q.shape[2], k.shape[2]):
-            return Exact().attend(spec, {}, q, k, v, key_mask)
+        """As `low_rank` below, by this form's options."""
         return low_rank(spec, self.options, q, k, v, key_mask)
-
-    def weights(
-        self,
-        spec: FormSpec,
-        params: Params,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """F A^+ B [B, H, T, S]: of any sign; rows sum to one where A^+ is exact."""
-        if self.dense(q.shape[2], k.shape[2]):
-            return Exact().weights(spec, {}, q, k, key_mask)
-        ones = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
-        return low_rank(spec, self.options, q, k, ones.expand(*k.shape[:2], -1, -1), key_mask)
 
     def ops(self, site: AttentionSite) -> OpCount:
         """Exact attention for few tokens; else landmarks, B v, A^+ B v, F A^+ B v.

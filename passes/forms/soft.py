@@ -9,14 +9,9 @@ from typing import Any
 import torch
 
 from passes.errors import UsageError
-from passes.form import Form, FormConfig, FormSpec, Paper, Params, Verdict
-from passes.forms._landmarks import (
-    filled,
-    filled_ops,
-    landmark_verdict,
-    segment_means,
-    segment_ops,
-)
+from passes.form import FormConfig, FormSpec, Paper
+from passes.forms._landmark_form import LandmarkForm, whole_number
+from passes.forms._landmarks import filled, filled_ops, segment_means, segment_ops
 from passes.forms._linear import accumulate_dtype, count_dtype, item_bytes, sizes
 from passes.forms._rows import times_values
 from passes.forms.exact import Exact
@@ -41,15 +36,13 @@ class SoftConfig(FormConfig):
     steps: int = 20
 
     def __post_init__(self) -> None:
-        for name, most in (("landmarks", 512), ("steps", 50)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise UsageError(f"{name}: a whole number from 1 to {most}, got {value!r}")
+        whole_number("landmarks", self.landmarks, 512)
+        whole_number("steps", self.steps, 50)
         if not isinstance(self.ridge, int | float) or not 1e-6 <= self.ridge <= 1.0:
             raise UsageError(f"ridge: a number from 1e-6 to 1, got {self.ridge!r}")
 
 
-class Soft(Form):
+class Soft(LandmarkForm):
     """K(q, l) (K(l, l) + ridge I)^-1 K(l, k) e^(scale |k|^2 / 2) [v, 1], over its last channel.
 
     K(x, y) = exp(-scale |x - y|^2 / 2) and l are means of neighbouring keys. The published form has
@@ -60,7 +53,6 @@ class Soft(Form):
     """
 
     name = "soft"
-    family = "low-rank"
     paper = Paper(
         "Lu, Yao, Zhang, Zhu, Xu, Gao, Xu, Xiang, Zhang",
         "SOFT: Softmax-free Transformer with Linear Complexity",
@@ -69,52 +61,18 @@ class Soft(Form):
     )
     formula = "K(q, l) (K(l, l) + r I)^-1 K(l, k) e^(s |k|^2 / 2) v, rows divided by their sums"
     needs = "nothing"
-    normalised = False
     Config = SoftConfig
 
-    @property
-    def options(self) -> SoftConfig:
-        """The config by its own type."""
-        assert isinstance(self.config, SoftConfig)
-        return self.config
-
-    def applies(self, site: AttentionSite) -> Verdict:
-        """Padding masks, cross attention and grouped heads; nothing causal, no bias or window."""
-        return landmark_verdict(site, self.name)
-
-    def dense(self, queries: int, keys: int) -> bool:
-        """Whether exact attention does the work of so many tokens."""
-        return min(queries, keys) <= self.options.landmarks
-
-    def attend(
+    def low_rank(
         self,
         spec: FormSpec,
-        params: Params,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         key_mask: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention [B, H, T, E]."""
-        if self.dense(q.shape[2], k.shape[2]):
-            return Exact().attend(spec, {}, q, k, v, key_mask)
+        """As `low_rank` below, by this form's options."""
         return low_rank(spec, self.options, q, k, v, key_mask)
-
-    def weights(
-        self,
-        spec: FormSpec,
-        params: Params,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Weights [B, H, T, S], of any sign; rows sum to one but where the guard acts."""
-        if self.dense(q.shape[2], k.shape[2]):
-            return Exact().weights(spec, {}, q, k, key_mask)
-        each = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
-        return low_rank(spec, self.options, q, k, each.expand(*k.shape[:2], -1, -1), key_mask)
 
     def ops(self, site: AttentionSite) -> OpCount:
         """Exact attention for few tokens; else, with W = E + 1 channels of values,
