@@ -24,6 +24,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = Path(__file__).with_name("results.json")
 WITHIN = 0.005  # of softmax, after fine-tuning
 SLACK = 1e-6  # shares of 1,000 digits are not exact in floating point
+SAME = 0.9995  # cosine of the logits of a form that does what softmax does
 NARROW = 0.06  # below softmax, what the right side of the picture shows
 MARKS = (("before", "o", "#b0b0b0"), ("fitted", "D", "#e08a2e"), ("tuned", "o", "#2b6cb0"))
 
@@ -94,7 +95,7 @@ def page(rows: Sequence[Row], missing: Sequence[str] = ()) -> str:
         "difference of a logit.",
         "",
         "One digit is 0.1 points, and the standard error of 98 % of 1,000 is 0.4: differences of "
-        "that size say nothing." + _seeds(done),
+        "that size say nothing." + _seeds(done) + _same(done),
         "",
         "| form | before | fitted | cosine | tuned | operations | energy | artifact | error |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -118,6 +119,19 @@ def _seeds(done: Sequence[Row]) -> str:
     if not several:
         return " One seed."
     return " Forms with a range in brackets ran with several seeds: mean (lowest to highest)."
+
+
+def _same(done: Sequence[Row]) -> str:
+    """Which forms do what softmax does before anything is trained."""
+    first = _softmax(done)["before"]
+    same = [r["form"] for r in done if r["before"] == first and r.get("cosine", 0) > SAME]
+    if not same:
+        return ""
+    names = ", ".join(f"`{name}`" for name in same)
+    return (
+        f" Softmax before anything is trained, so that nothing was to be won back: {names} (by "
+        "their first parameters, or because their window or blocks hold all 49 tokens)."
+    )
 
 
 def _line(row: Row) -> str:
