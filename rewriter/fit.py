@@ -33,6 +33,7 @@ from rewriter.fit_site import (
     paired,
     refit_projection,
     sequential_task,
+    shortened,
     site_task,
 )
 from rewriter.fit_state import FitState, StateFolder, fit_key
@@ -237,7 +238,7 @@ class _Run:
         for site in todo:
             prefix = form_prefix(self.rewritten, site)
             attention = self.rewritten.attention(site)
-            test = few(calls[site], self.recipe.tokens)
+            test = [shortened(attention, c) for c in few(calls[site], self.recipe.tokens)]
             learned = learn_site(attention, calls[site], self.seed)
             if learned:
                 names = [f"{prefix}{n}" for n in learned]
@@ -260,7 +261,8 @@ class _Run:
         found = {}
         for site in self.sites:
             attention = self.rewritten.attention(site)
-            found[site] = measure(attention, few(calls[site], self.recipe.tokens))
+            kept = few(calls[site], self.recipe.tokens)
+            found[site] = measure(attention, [shortened(attention, c) for c in kept])
         self.state.records[f"errors_{when}"] = found
         self._done(f"measure {when}")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from passes.form import Form
+from passes.forms.exact import Exact
 from passes.substitute import AttentionModule, Rewritten
 from rewriter.capture import Call, capture
 from rewriter.fit_loop import Task, shuffled
@@ -21,6 +22,7 @@ from rewriter.ridge import Refit, refit
 HELD_OUT = 4  # one sample in four chooses the penalty of a refit
 REFRESH_BYTES = 1 << 28  # of queries, keys and values held by a refresh
 MEASURED = 4  # calls of a site that decide and measure
+LONGEST = 2048  # tokens of a sequence whose attention weights are formed
 
 
 def few(calls: Sequence[Call], tokens: int) -> list[Call]:
@@ -32,6 +34,23 @@ def few(calls: Sequence[Call], tokens: int) -> list[Call]:
 def _cut(call: Call, start: int, tokens: int) -> Call:
     samples = max(1, tokens // max(call.q.shape[2], call.k.shape[2]))
     return call.rows(start, start + samples)
+
+
+@torch.no_grad()
+def shortened(attention: AttentionModule, call: Call, start: int = 0) -> Call:
+    """The call for `LONGEST` tokens from `start` on, with the softmax output of those alone.
+
+    Keeps the weights formed for a long sequence bounded. Only where queries and keys are the same
+    tokens and the form has no length of its own; otherwise, or if short already, the call itself.
+    """
+    queries, keys = call.q.shape[2], call.k.shape[2]
+    plain = attention.form.family == "kernelised" and call.bias is None
+    if queries != keys or attention.site.cross or not plain or queries <= LONGEST:
+        return call
+    cut = slice(start, start + LONGEST)
+    q, k, v = (x[:, :, cut] for x in (call.q, call.k, call.v))
+    mask = None if call.key_mask is None else call.key_mask[:, cut]
+    return Call(q, k, v, mask, None, Exact().attend(attention.spec, {}, q, k, v, mask))
 
 
 @torch.no_grad()
@@ -137,12 +156,14 @@ def site_task(
     """Attention weights first, then outputs, on the original's own q, k and v."""
     attention = rewritten.attention(site)
     held, used = split(calls)
-    test = few(held, recipe.tokens)
+    test = [shortened(attention, c) for c in few(held, recipe.tokens)]
     name = f"site {site}"
     steps = recipe.site_steps
 
     def loss(step: int, done: float) -> Tensor:
         call = _draw(used, step, recipe.tokens, seed, name)
+        spare = max(0, call.q.shape[2] - LONGEST)
+        call = shortened(attention, call, random.Random(f"{seed} {name} {step}").randint(0, spare))
         return divergence(attention, call) if done < 0.5 else output_error(attention, call)
 
     def validate() -> float:
