@@ -105,8 +105,9 @@ def _cautions() -> list[str]:
     return [
         "The training is short: a low figure may mean that a form learns slowly, not only that its",
         "state is too small (where seeds differ much, one of them had not left the first plateau).",
-        "With 1,500 steps and one other seed `taylor` (rate 0.005) answered 0.99 at 32 pairs and 0.89",
-        "at 64, `rebased` (rate 0.01) 1.00 and 0.98: most of the gap between them is speed of learning.",
+        "With 1,500 steps and one other seed `taylor` (rate 0.005) answered 0.99 at 32 pairs and",
+        "0.89 at 64, `rebased` (rate 0.01) 1.00 and 0.98: most of the gap between them is speed of",
+        "learning.",
         "`lolcats` sees 128 tokens by softmax: up to 42 pairs it is exact attention.",
     ]
 
