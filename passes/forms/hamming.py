@@ -13,7 +13,7 @@ from passes.decode_form import LinearStreaming
 from passes.errors import UsageError
 from passes.form import FormConfig, FormSpec, Paper, Params, Reason, Verdict, no
 from passes.forms import _hash
-from passes.forms._hash_learn import learn
+from passes.forms._hash_learn import Learning, learn
 from passes.forms._linear import (
     accumulate_dtype,
     count_dtype,
@@ -40,7 +40,9 @@ class HammingConfig(FormConfig):
     product with it a shift). `constant` says what beta multiplies in the numerator: "sum", the sum
     of all values, which is exact, or "own_value", the query's own value, as released models were
     trained. `projection` "shared" gives queries and keys one projection where the site allows it
-    (the query's weights), "separate" leaves both.
+    (the query's weights), "separate" leaves both. `start` says where the learning of each bit
+    begins: "random" numbers, the "spectral" solution of the relaxed problem, or the better of
+    "both" (passes/forms/_hash_learn.py compares them).
     """
 
     bits: int = 16
@@ -48,6 +50,7 @@ class HammingConfig(FormConfig):
     beta: float = 0.0
     constant: str = "sum"
     projection: str = "shared"
+    start: str = "random"
 
     def __post_init__(self) -> None:
         for name, most in (("bits", MOST_BITS), ("anchors", 1024)):
@@ -64,6 +67,7 @@ class HammingConfig(FormConfig):
         for name, known in (
             ("constant", ("sum", "own_value")),
             ("projection", ("shared", "separate")),
+            ("start", ("random", "spectral", "both")),
         ):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name}: {' or '.join(known)}, got {getattr(self, name)!r}")
@@ -148,7 +152,8 @@ class Hamming(LinearStreaming):
         warm: bool = False,
     ) -> dict[str, Tensor]:
         """The hash of passes/forms/_hash_learn.py."""
-        return learn(params, samples, self.options.bits, shared=site.shared, seed=seed, warm=warm)
+        how, bits = Learning(start=self.options.start), self.options.bits
+        return learn(params, samples, bits, shared=site.shared, seed=seed, warm=warm, how=how)
 
     def codes(self, x: Tensor, params: Params) -> Tensor:
         """Codes -1 and 1 [B, H, N, b] of rows x [B, H, N, D], with straight-through gradients."""

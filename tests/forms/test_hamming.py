@@ -143,6 +143,7 @@ def test_the_straight_through_window() -> None:
         ({"beta": float("nan")}, "beta"),
         ({"constant": "none"}, "sum or own_value"),
         ({"projection": "both"}, "shared or separate"),
+        ({"start": "best"}, "random or spectral or both"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], told: str) -> None:
@@ -196,3 +197,16 @@ def test_shared_codes_are_hashed_once() -> None:
     assert apart.total("exp") == 2 * shared.total("exp") == 2 * 4 * 64 * 25
     assert isinstance(apart, OpCount)
     assert HammingConfig().constant_term == 17
+
+
+def test_learning_starts_where_the_option_says() -> None:
+    """The bits of different starts differ, each repeats, and anchors do not depend on it."""
+    at = site(B=1, H=2, G=2, T=24, D=6)
+    data = [(torch.randn(2, 2, 24, 6), torch.randn(2, 2, 24, 6), None) for _ in range(2)]
+    found = {}
+    for start in ("random", "spectral", "both"):
+        form = Hamming({"start": start, "bits": 3, "anchors": 7})
+        found[start] = form.learn(at, form.init_params(at), data)
+        assert torch.equal(form.learn(at, form.init_params(at), data)["mix"], found[start]["mix"])
+    assert torch.equal(found["random"]["anchors"], found["spectral"]["anchors"])
+    assert not torch.equal(found["random"]["mix"], found["spectral"]["mix"])
