@@ -1,0 +1,1 @@
+"""Softmax, hashed attention, shift layers and mixtures, trained (docs/shiftadd.md)."""
