@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter import fine_tune
-from rewriter.api import apply_plan, find_sites, fit_result, make_plan
+from rewriter.api import apply_plan, find_sites, fine_tune, fit_result, make_plan
 from rewriter.calibration import passages, split_sentences, text_batches
 from rewriter.fine_tune import Rates
 from rewriter.fit_loss import floating, model_loss
