@@ -24,7 +24,7 @@ from passes.traced import Traced
 Batch = dict[str, Tensor]
 LICENSES = Path("/usr/share/common-licenses")
 LICENCES = "licences"  # the document they make
-MOST_ASIDE = 8  # batches
+MOST_ASIDE = 64  # samples, or 8 batches where those are more
 FEWEST = 4  # batches from which some are set aside to choose the best state
 SHORTEST = 6  # words; less is a heading or a stray word, not a sentence
 
@@ -249,11 +249,13 @@ def _check_tensor(
 def set_aside(data: list[Batch]) -> tuple[list[Batch], list[Batch]]:
     """(to train on, to choose the best state on): one batch in twelve, spread over the lengths.
 
-    At most about `MOST_ASIDE` are set aside: each check reads all of them.
+    At most about `MOST_ASIDE` samples, or eight batches: each check reads all of them.
     """
     if len(data) < FEWEST:
         return data, data
-    step = max(min(12, len(data) // 2), len(data) // MOST_ASIDE)
+    value = next(iter(data[0].values()))
+    most = max(8, MOST_ASIDE // max(1, len(value) if value.ndim else 1))
+    step = max(min(12, len(data) // 2), len(data) // most)
     chosen = set(range(step // 2, len(data), step))
     return [b for i, b in enumerate(data) if i not in chosen], [data[i] for i in sorted(chosen)]
 

@@ -53,12 +53,13 @@ def test_no_document_is_both_fitted_on_and_held_out() -> None:
 
 
 def test_few_batches_choose_the_best_state_however_many_there_are() -> None:
-    for count in (4, 30, 96, 400):
-        data = [{"x": torch.full((1,), float(i))} for i in range(count)]
+    for count, size, most in ((4, 8, 9), (96, 8, 9), (400, 8, 9), (700, 1, 70), (400, 64, 9)):
+        data = [{"x": torch.full((size,), float(i))} for i in range(count)]
         train, aside = set_aside(data)
-        assert 2 <= len(aside) <= 9
+        assert 2 <= len(aside) <= most
+        assert len(aside) * size >= min(count * size // 12, 60)
         assert len(train) + len(aside) == count
-        taken = sorted(int(b["x"]) for b in aside)
+        taken = sorted(int(b["x"][0]) for b in aside)
         assert taken[0] < count / 2 < taken[-1] + 1  # spread over the lengths
 
 
