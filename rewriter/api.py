@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from passes.form import Form
     from passes.substitute import Rewritten
     from passes.traced import Traced
-    from rewriter.fine_tune import FineTuned
     from rewriter.fit import FitReport
     from rewriter.report import RewriteReport
     from rewriter.session import TuningSession
+    from rewriter.supervised import FineTuned
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 Progress = Callable[..., None]
@@ -256,15 +256,15 @@ def fine_tune(
         loss: ``loss(outputs, batch) -> scalar tensor``.
         seconds: wall-clock budget.
         options: `validation`, `rates`, `state_dir`, `seed`, `refresh`, `progress` of
-            `rewriter.fine_tune.fine_tune`, which holds the loop.
+            `rewriter.supervised.fine_tune`, which holds the loop.
 
     Raises:
         UsageError, FitError.
     """
-    from rewriter.fine_tune import fine_tune as train
     from rewriter.linear_train import balanced
     from rewriter.moe_routing import ROUTED, tell_routing
     from rewriter.pipeline import measure_fidelity
+    from rewriter.supervised import fine_tune as train
 
     with balanced(result, loss) as whole:
         done = train(result.rewritten, data, whole, seconds=seconds, **options)

@@ -18,9 +18,9 @@ from passes.linear_forms.moe import Moe
 from passes.linears import linear_modules
 from passes.moe_balance import Balance
 from rewriter.calibration import input_names, set_aside
-from rewriter.fine_tune import FineTuned, Rates, fine_tune
 from rewriter.fit_loss import floating, masked_error
 from rewriter.moe_routing import Watched, tell_routing
+from rewriter.supervised import FineTuned, Rates, fine_tune
 
 if TYPE_CHECKING:
     from rewriter.api import Result
@@ -48,7 +48,7 @@ def recover(
         data: batches of model inputs.
         seconds: wall-clock budget; with two-expert layers half of it for each stage.
         steps: at most this many steps a stage (0: only time counts).
-        progress: as of `rewriter.fine_tune.fine_tune`.
+        progress: as of `rewriter.supervised.fine_tune`.
     """
     rates = Rates(forms=RATE, weights=RATE, steps=steps)
     loss, routers = _towards(result), _routers(result.rewritten.module)

@@ -91,3 +91,11 @@ def test_public_doors_are_frozen() -> None:
         "Target",
         "TuningSession",
     ]
+
+
+def test_no_module_hides_a_door() -> None:
+    """Importing a submodule sets it on the package, where it would stand in place of the door."""
+    import rewriter
+
+    package = ROOT / "rewriter"
+    assert not [name for name in rewriter._DOORS if (package / f"{name}.py").exists()]

@@ -27,10 +27,10 @@ from passes.errors import RewriterError
 from passes.form import forms
 from rewriter.api import Result, compile, fine_tune, rewrite
 from rewriter.energy import KINDS, energy_report
-from rewriter.fine_tune import Rates
 from rewriter.fit import Recipe, fit
 from rewriter.outputs import write_text
 from rewriter.progress import shown
+from rewriter.supervised import Rates
 
 ROWS = Path(__file__).parents[2] / "out" / "mnist"
 BATCH = 50

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from rewriter.api import apply_plan, find_sites, fine_tune, fit_result, make_plan
 from rewriter.calibration import passages, split_sentences, text_batches
-from rewriter.fine_tune import Rates
 from rewriter.fit_loss import floating, model_loss
 from rewriter.models import load_model
 from rewriter.pipeline import measure_fidelity
 from rewriter.samples import samples_for
+from rewriter.supervised import Rates
 
 FIT, TUNE, THREADS = 300.0, 120.0, 2  # seconds, seconds, threads
 TEXTS, BATCH = 480, 8

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from passes.errors import FitError, UsageError
 from rewriter.api import apply_plan, find_sites, fine_tune, make_plan
 from rewriter.cli import run
-from rewriter.fine_tune import Rates
-from rewriter.fine_tune import fine_tune as train
+from rewriter.supervised import Rates
+from rewriter.supervised import fine_tune as train
 from tests.fit.models import batches, encoder, rewritten
 
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from passes.errors import FitError, UsageError
 from passes.form import form_named
-from rewriter.fine_tune import Rates, fine_tune
 from rewriter.refresh import Refresh
+from rewriter.supervised import Rates, fine_tune
 from tests.fit.models import batches, encoder, rewritten
 
 

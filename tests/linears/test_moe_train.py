@@ -15,10 +15,10 @@ from passes.linears import linear_modules
 from passes.moe_balance import Balance
 from rewriter import linear_train
 from rewriter.api import fine_tune
-from rewriter.fine_tune import Rates
 from rewriter.linear_train import recover
 from rewriter.moe_routing import POINTS, Watched, routing
 from rewriter.report import RewriteReport
+from rewriter.supervised import Rates
 
 PATCH = 4
 
