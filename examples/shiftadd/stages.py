@@ -24,7 +24,7 @@ from examples.shiftadd.pvt import pretrained as trained_pvt
 from passes.linear_form import linear_form_named
 from passes.moe_balance import Balance
 from rewriter.api import Result, fine_tune, rewrite
-from rewriter.fine_tune import Rates
+from rewriter.supervised import Rates
 from rewriter.linear_work import convert_linears
 from rewriter.outputs import write_text
 
