@@ -321,8 +321,9 @@ class _Kernel:
     ) -> None:
         bg, rows, start = b * self.G + h // self.group, self.rows, block.first * self.width
         online = self.block != self.panels
+        tiles = number + (self.first_try.hidden_zero(bg) if online and self.first_try else 0)
         for at, (e0, width) in enumerate(self.columns):
-            with T.serial(0, number) as t:
+            with T.serial(0, tiles) as t:
                 keys = self.seen_by(row, t, block) * self.width
                 if self.ragged:
                     keys = imin(keys, self.S - start)
