@@ -131,8 +131,7 @@ class _Kernel:
             bg, p = n // self.panels, n % self.panels
             b, g = bg // self.G, bg % self.G
             with T.serial(0, self.width) as x:
-                # Keys after the last repeat it; their scores are hidden later.
-                j = imin(p * self.width + x, self.S - 1)
+                j = imin(p * self.width + x, self.S - 1)  # the last again, hidden later
                 with T.serial(0, self.D) as d:
                     T.buffer_store(self.kp, load(self.k, b, g, j, d), [bg, p, d, x])
                 for at, (e0, _) in enumerate(self.columns):
