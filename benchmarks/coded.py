@@ -48,8 +48,9 @@ kernels (rows x inputs x outputs; batch x heads x tokens x width x bits) and of 
 kernel was checked against a float64 product before; the error is the largest, of the largest
 output. Times are medians of runs in turns in one process. Shares are of {gflops:.0f} GFLOP/s (of
 the plain product, also where additions take its place) and of {gbytes:.0f} GB/s (inputs, weights
-and output once; above 100 %: from the caches). PyTorch's idle threads sleep here: were they to spin,
-they would slow whatever runs next. Waking them costs it something, so its best times are the fairer ones.
+and output once; above 100 %: from the caches). PyTorch's idle threads sleep here: were they to
+spin, they would slow whatever runs next. Waking them costs it something, so its best times are
+the fairer ones.
 
 | shape | kernel | median ms | best | PyTorch fp32 / it | error | of peak | of bandwidth |
 |---|---|---|---|---|---|---|---|"""
