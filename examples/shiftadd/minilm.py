@@ -21,7 +21,7 @@ from rewriter.pipeline import measure_fidelity
 from rewriter.samples import samples_for
 from rewriter.supervised import Rates
 
-FIT, TUNE, THREADS = 300.0, 120.0, 2  # seconds, seconds, threads
+FIT, TUNE, THREADS = 150.0, 60.0, 2  # seconds, seconds, threads
 TEXTS, BATCH = 480, 8
 HELD = 15  # one batch in so many chooses the best state
 

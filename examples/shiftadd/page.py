@@ -72,7 +72,9 @@ tokens that its routers send to the shifts; *eyeriss* is the accelerator model, 
 Both are estimates. *Time* is one image on one thread, compiled, all rows by turns in one process,
 as a ratio to softmax with its middle half. *Error*: compiled against rewritten, largest."""
 ABOUT = {
-    "vit": "examples/mnist's model: four blocks of width 64 on 49 tokens, 4 heads.",
+    "vit": "examples/mnist's model: four blocks of width 64 on 49 tokens, 4 heads. In all parts "
+    "but the first, half of the loss is the distance to the original's outputs (distillation), "
+    "and every digit is seen at twelve places.",
     "pvt": "Four stages of one block, widths 16 to 64, on 256, 64, 16 and 4 tokens. Its reduced "
     "attention is first exchanged for softmax on all tokens and trained; all rows start from "
     "there. The last stage keeps its softmax, as in the papers.",

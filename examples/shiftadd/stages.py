@@ -24,15 +24,16 @@ from examples.shiftadd.pvt import pretrained as trained_pvt
 from passes.linear_form import linear_form_named
 from passes.moe_balance import Balance
 from rewriter.api import Result, fine_tune, rewrite
-from rewriter.supervised import Rates
 from rewriter.linear_work import convert_linears
 from rewriter.outputs import write_text
+from rewriter.supervised import Rates
 
 OUT = Path(__file__).parents[2] / "out" / "shiftadd"
 BATCH, COPIES = 50, 4
+TAUGHT_COPIES = 12  # where the original's outputs are learned from: they cost nothing more
 LIMIT = 3600.0  # seconds of one stage: steps end it
 ROWS = ("softmax", "hamming", "shiftadd", "shiftadd + shift", "shiftadd + moe")
-LATER_VIT = dict(zip(ROWS, (1100, 1100, 450, 150, 300), strict=True))
+LATER_VIT = dict(zip(ROWS, (4500, 3000, 3000, 1500, 1500), strict=True))
 LATER_PVT = dict.fromkeys(ROWS, 1000)
 LATENCIES = (6.0, 4.0)  # of product and shift, as published
 BALANCE = 0.01  # weight of the loss that balances the experts, as published
@@ -52,6 +53,7 @@ class Subject:
     rates: tuple[float, float, float]  # of the weights: first part, second, linear layers
     middle: str  # the stage that coded linear layers start from
     before: str = ""  # a stage that all others start from
+    taught: bool = False  # whether the later parts learn from the original's outputs too
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ SUBJECTS = {
     for s in (
         Subject(
             "vit", "ViT", trained_vit, "exact", "blocks.*", 900, LATER_VIT, (1e-3, 5e-4, 2e-4),
-            "shiftadd",
+            "shiftadd", taught=True,
         ),
         Subject(
             "pvt", "PVT v2, small", lambda: trained_pvt(OUT / "pvt.safetensors"), "msa",
@@ -115,8 +117,18 @@ def labelled(x: Tensor, y: Tensor, copies: int = COPIES) -> list[dict[str, Tenso
     return made
 
 
+@torch.no_grad()
+def taught(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The batches with the logits of the original model beside the labels."""
+    return [{**b, "teacher": model(b["image"])} for b in batches]
+
+
 def loss(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    return F.cross_entropy(logits, batch["label"], label_smoothing=0.05)
+    """Cross-entropy of the labels; half of it towards the teacher's outputs where there are any."""
+    labels = F.cross_entropy(logits, batch["label"], label_smoothing=0.05)
+    if "teacher" not in batch:
+        return labels
+    return (labels + F.cross_entropy(logits, batch["teacher"].softmax(-1))) / 2
 
 
 def weights_of(subject: Subject, name: str) -> Path:
@@ -158,7 +170,12 @@ def train(subject: Subject, stage: Stage, progress: Callable[..., None] | None =
     if stage.name in subject.later:
         rate, steps = (last if stage.linear else second), subject.later[stage.name]
     rates = Rates(forms=2 * rate, weights=rate, steps=steps)
-    data, held = labelled(x, y), labelled(held_x, held_y, copies=1)
+    learns = subject.taught and stage.name in subject.later
+    data = labelled(x, y, TAUGHT_COPIES if learns else COPIES)
+    held = labelled(held_x, held_y, copies=1)
+    if learns:
+        teacher = subject.model().eval()
+        data, held = taught(teacher, data), taught(teacher, held)
 
     def run(objective: Callable[..., Tensor]) -> dict[str, Any]:
         done = fine_tune(
