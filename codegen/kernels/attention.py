@@ -84,10 +84,11 @@ class AttentionFacts:
 
 
 def broadcast(tensor: Any, index: tuple[Any, ...]) -> Any:
-    """An element of a tensor that broadcasts (size 1, or fewer axes) over `index`."""
+    """An element of a tensor or buffer that broadcasts (size 1, or fewer axes) over `index`."""
     shape = [int(d) for d in tensor.shape]
     kept = index[len(index) - len(shape) :]
-    return tensor(*(0 if d == 1 else i for d, i in zip(shape, kept, strict=True)))
+    at = tuple(0 if d == 1 else i for d, i in zip(shape, kept, strict=True))
+    return tensor(*at) if isinstance(tensor, te.Tensor) else tensor[at]
 
 
 def wide(value: Any, dtype: str) -> Any:

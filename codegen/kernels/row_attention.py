@@ -117,13 +117,13 @@ class _Rows:
             with T.grid(heads, self.S, self.E) as (g, j, e):
                 value = load(self.v, b, g, j, e)
                 if self.key_mask is not None:
-                    value = tirx.Select(broadcast(_Read(self.key_mask), (b, j)), value, f32(0.0))
+                    value = tirx.Select(broadcast(self.key_mask, (b, j)), value, f32(0.0))
                 T.buffer_store(self.past, self.past[b, g, j, e] + value, [b, g, j + 1, e])
 
     def _one(self, b: Any, j: Any) -> Any:
         if self.key_mask is None:
             return f32(1.0)
-        return tirx.Cast("float32", broadcast(_Read(self.key_mask), (b, j)))
+        return tirx.Cast("float32", broadcast(self.key_mask, (b, j)))
 
     def _scores(self, b: Any, h: Any, i: Any) -> None:
         facts, offset = self.facts, self.S - self.T
@@ -138,9 +138,9 @@ class _Rows:
                 key = load(self.k, b, h // self.group, j, r * self.D + d)
                 T.buffer_store(self.logits, self.logits[at] + self.query[d] * key, [at])
             score = self.logits[at]
-            masks = [] if self.key_mask is None else [broadcast(_Read(self.key_mask), (b, j))]
+            masks = [] if self.key_mask is None else [broadcast(self.key_mask, (b, j))]
             if self.bias is not None:
-                value = broadcast(_Read(self.bias), (b, h, i, j))
+                value = broadcast(self.bias, (b, h, i, j))
                 if facts.bias == "hide":
                     masks.append(value)
                 elif self.change.kind == "product":
@@ -285,16 +285,6 @@ class _Rows:
             T.buffer_store(low, tirx.Select(enough, low[0], half[0] + 1), [0])
             T.buffer_store(high, tirx.Select(enough, half[0], high[0]), [0])
         return high[0]
-
-
-class _Read:
-    """A buffer that is indexed by a call, as a tensor is."""
-
-    def __init__(self, buffer: Any) -> None:
-        self.buffer, self.shape = buffer, buffer.shape
-
-    def __call__(self, *index: Any) -> Any:
-        return self.buffer[index]
 
 
 def _row(n: int) -> Any:

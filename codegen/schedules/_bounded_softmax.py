@@ -13,7 +13,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from codegen.kernels.tiles import fill, fold, reduce_row, scratch, tile, vectors
+from codegen.kernels.tiles import fill, fold, reduce_row, scratch, vectors
 from codegen.kernels.vector_math import f32, vexp2_weight
 
 ROOM = 80.0  # sums of 2^80 are far from overflow, values included
@@ -61,35 +61,15 @@ class Bounded:
 
     def scores(self, b: Any, h: Any, row: Any, number: Any, block: Any) -> None:
         """Exponentials of one block's scores, straight from the register tiles, and their sums."""
-        kernel, rows, width = self.kernel, self.kernel.rows, self.kernel.width
-        bg = b * kernel.G + h // kernel.group
-        with T.serial(0, block.last - block.first) as turn, T.serial(0, number) as t:
-            p, r0 = block.first + turn, t * rows
+        sc, width = self.kernel.sc, self.kernel.width
 
-            def put(i: Any, x: Any, s: Any) -> None:
-                at = [r0 + i, turn * width + x]
-                s = kernel.masked(b, h, row + r0 + i, p * width + x, s)
-                T.buffer_store(kernel.sc, s, at)
-                T.buffer_store(kernel.sc, vexp2_weight(kernel.sc[tuple(at)]), at)
-                total = self.parts[r0 + i, x] + kernel.sc[tuple(at)]
-                T.buffer_store(self.parts, total, [r0 + i, x])
+        def put(i: Any, x: Any, s: Any) -> None:
+            T.buffer_store(sc, s, [i, x])
+            T.buffer_store(sc, vexp2_weight(sc[i, x]), [i, x])
+            lane = x % width
+            T.buffer_store(self.parts, self.parts[i, lane] + sc[i, x], [i, lane])
 
-            def emit() -> None:
-                tile(
-                    lambda i, d: kernel.qs[r0 + i, d],
-                    lambda d, x: kernel.kp[bg, p, d, x],
-                    kernel.D,
-                    put,
-                    rows=rows,
-                    width=width,
-                    start=lambda i, x: self.start[r0 + i, 0],
-                )
-
-            if kernel.ahead is None:
-                emit()
-            else:
-                with T.If(turn < kernel.seen_by(row, t, block)), T.Then():
-                    emit()
+        self.kernel.each_score(b, h, row, number, block, put, lambda i: self.start[i, 0])
 
     def end(self, number: Any) -> None:
         """Sums of the rows, and whether all of them are fine."""

@@ -4,7 +4,8 @@ K and V are packed once into panels of two vectors. A task takes some row tiles 
 each) of one head through the blocks of keys: a block's scores panel by panel in registers (a
 panel of K stays in the first-level cache for all row tiles), exponentials against the running
 maximum, and the block's part of the output on top of the rescaled output so far (a block of V
-stays in that cache too). Key panels that no query of a tile can see are skipped. Causal tasks are
+stays in that cache too). Where no bias is added, a bound in place of the maxima is tried first
+(`_bounded_softmax`). Key panels that no query of a tile can see are skipped. Causal tasks are
 dealt out small with large, because TVM's threads take equal contiguous shares of the tasks.
 """
 
@@ -99,10 +100,10 @@ class _Kernel:
         self.block = block_panels(self.panels, self.width, self.target.l1_bytes)
         self.share = tiles_per_task(self.B * self.H, self.tiles, threads(self.target))
         self.columns = panels(self.E, self.lanes)
+        self.bounded = self.bounded and self.facts.bias != "add"
         # In base 2, but for a bias that is added: the lowest float must not become -inf.
-        natural = self.facts.bias == "add" or not self.bounded
-        self.scale = self.facts.scale * (1.0 if natural else _LOG2E)
-        self.power = vexp_weight if natural else vexp2_weight
+        self.scale = self.facts.scale * (_LOG2E if self.bounded else 1.0)
+        self.power = vexp2_weight if self.bounded else vexp_weight
         # Whether each row tile has an own last panel of keys.
         self.ahead = min(
             ([0] if self.facts.causal else [])
@@ -124,7 +125,7 @@ class _Kernel:
         """K panels [B G, S/width, D, width], V panels [B G, E/width, S, width], what is hidden."""
         heads = self.B * self.G
         self.kp = scratch(heads, self.panels, self.D, self.width)
-        if self.bounded and self.facts.bias != "add":
+        if self.bounded:
             self.first_try = Bounded(self)
         self.vp = scratch(heads, len(self.columns), self.panels * self.width, self.width)
         with T.parallel(0, heads * self.panels) as n:
@@ -253,42 +254,49 @@ class _Kernel:
         return imax(imin(self._end(row + t * self.rows), block.last) - block.first, 0)
 
     def _scores(self, b: Any, h: Any, row: Any, number: Any, block: _Block) -> None:
+        put = lambda i, x, s: T.buffer_store(self.sc, s, [i, x])  # noqa: E731
+        self.each_score(b, h, row, number, block, put)
+
+    def each_score(
+        self, b: Any, h: Any, row: Any, number: Any, block: _Block, put: Any, start: Any = None
+    ) -> None:
+        """put(i, x, s): s is start(i) plus row i's score with the block's key x, masked."""
         bg, rows, width = b * self.G + h // self.group, self.rows, self.width
         with T.serial(0, block.last - block.first) as turn, T.serial(0, number) as t:
-            p = block.first + turn
+            p, r0 = block.first + turn, t * rows
 
-            def emit(masked: bool, p: Any = p, t: Any = t, turn: Any = turn) -> None:
-                def put(i: Any, x: Any, s: Any) -> None:
-                    if masked:
-                        s = self.masked(b, h, row + t * rows + i, p * width + x, s)
-                    T.buffer_store(self.sc, s, [t * rows + i, turn * width + x])
-
+            def emit(p: Any = p, r0: Any = r0, turn: Any = turn) -> None:
                 tile(
-                    lambda i, d: self.qs[t * rows + i, d],
+                    lambda i, d: self.qs[r0 + i, d],
                     lambda d, x: self.kp[bg, p, d, x],
                     self.D,
-                    put,
+                    lambda i, x, s: put(
+                        r0 + i,
+                        turn * width + x,
+                        self.masked(b, h, row + r0 + i, p * width + x, s),
+                    ),
                     rows=rows,
                     width=width,
+                    start=None if start is None else lambda i, x: start(r0 + i),
                 )
 
             if self.ahead is None:
-                emit(True)
+                emit()
             else:
                 with T.If(turn < self.seen_by(row, t, block)), T.Then():
-                    emit(True)
+                    emit()
 
     def masked(self, b: Any, h: Any, i: Any, j: Any, score: Any) -> Any:
         facts, masks = self.facts, []
         if self.bias is not None:
             at = (b, h, imin(i, self.T - 1), imin(j, self.S - 1) if self.ragged else j)
-            value = broadcast(_Call(self.bias), at)
+            value = broadcast(self.bias, at)
             if facts.bias == "hide":
                 masks.append(value)
             else:
                 score = score + wide(value, str(self.bias.dtype))
         if self.limit is not None:
-            most = broadcast(_Call(self.limit), (b, j))
+            most = broadcast(self.limit, (b, j))
             score = tirx.Select(most < score, most, score)
         seen = facts.seen(i, j, self.offset, masks)
         return score if seen is None else tirx.Select(seen, score, f32(float("-inf")))
@@ -364,16 +372,6 @@ class _Kernel:
             store(self.out, [b, h, row + i, e], self.ot[i, e] * self.fade[i, 0])
 
         vectors(self.E, self.lanes, put)
-
-
-class _Call:
-    """A buffer that is indexed by a call, as a tensor is."""
-
-    def __init__(self, buffer: Any) -> None:
-        self.buffer, self.shape = buffer, buffer.shape
-
-    def __call__(self, *index: Any) -> Any:
-        return self.buffer[index]
 
 
 def apply(func: Any, target: Target) -> Any | None:

@@ -20,7 +20,7 @@ from codegen.kernels.vector_math import at_least, at_most, f32, vexp_nonpositive
 from codegen.kernels.views import take_layout
 from codegen.rule import Rule
 from codegen.schedules._top import LARGE, Row
-from codegen.schedules.attention import _Block, _Call, _Kernel
+from codegen.schedules.attention import _Block, _Kernel
 from codegen.target import Target
 
 NAME = "row_attention"
@@ -77,10 +77,10 @@ class _Product(_Whole):
 
     def masked(self, b: Any, h: Any, i: Any, j: Any, score: Any) -> Any:
         at = (b, h, imin(i, self.T - 1), imin(j, self.S - 1) if self.ragged else j)
-        weight = score * broadcast(_Call(self.bias), at)
+        weight = score * broadcast(self.bias, at)
         if self.limit is None:
             return weight
-        most = broadcast(_Call(self.limit), (b, j))  # infinite, below 0 for a hidden key
+        most = broadcast(self.limit, (b, j))  # infinite, below 0 for a hidden key
         return tirx.Select(most < f32(0.0), f32(0.0), weight)
 
     def _softmax(self, row: Any, number: Any, block: _Block) -> None:
