@@ -21,25 +21,22 @@ from codegen.kernels.tiles import (
     ROWS,
     build,
     fill,
-    imax,
     imin,
     load,
-    panels,
     reduce_row,
     scratch,
-    store,
-    tile,
     up,
     vectors,
 )
 from codegen.kernels.vector_math import f32
 from codegen.rule import Rule
+from codegen.schedules._near_far import NearFar
 from codegen.target import Target
 
 NAME = "relative_blocks"
 
 
-class _Blocks(Sizes):
+class _Blocks(NearFar, Sizes):
     def __init__(self, facts: BlockFacts, lanes: int, args: Sequence[Any]) -> None:
         super().__init__(facts, args[:-1], args[-1])
         self.lanes, self.Ep, self.Rp = lanes, up(self.E + 1, lanes), up(self.R, ROWS)
@@ -53,57 +50,21 @@ class _Blocks(Sizes):
         self.far = scratch(self.B * self.H, self.blocks, self.Rp, self.Ep)
 
     def write(self) -> None:
-        heads, batch = self.B * self.G, int(self.table.shape[0])
-        with T.parallel(0, heads * self.columns) as n:
-            self._widen(n // self.columns, n % self.columns)
-        with T.parallel(0, heads * self.R) as n, T.serial(0, self.columns) as j:
-            bg, r = n // self.R, n % self.R
-            value = load(self.fk, bg // self.G, bg % self.G, imin(j, self.T - 1), r)
-            T.buffer_store(self.turned, value, [bg, r, j])
+        self.widen(self._visible)
+        self.turn(self.fk, self.R)
+        batch = int(self.table.shape[0])
         with T.grid(batch, self.H, 2 * self.T - 1 + self.width) as (b, h, t):
             T.buffer_store(self.padded, self.table[b, h, imin(t, 2 * self.T - 2)], [b, h, t])
-        with T.parallel(0, heads * self.blocks) as n:
-            self._sum(n // self.blocks, n % self.blocks)
+        self.sums()
         with T.parallel(0, self.B * self.H * self.Rp) as n:
             self._add_up(n // self.Rp, n % self.Rp)
-        tiles = -(-self.C // min(ROWS, self.C))
-        with T.parallel(0, self.B * self.H * self.blocks * tiles) as n:
-            bh, rest = n // (self.blocks * tiles), n % (self.blocks * tiles)
-            self._read(bh // self.H, bh % self.H, rest // tiles, rest % tiles)
+        self.read()
 
-    def _widen(self, bg: Any, j: Any) -> None:
-        """The values of a visible token, a one, zeros; all zero for any other."""
-        zero = lambda e: T.buffer_store(self.values, f32(0.0), [bg, j, e])  # noqa: E731
-        vectors(self.Ep, self.lanes, zero)
-        shown = j < self.T
-        if self.mask is not None:
-            shown = tirx.all(shown, self.shown(bg // self.G, imin(j, self.T - 1)))
-
-        def copy(e: Any) -> None:
-            value = load(self.v, bg // self.G, bg % self.G, j, e)
-            T.buffer_store(self.values, value, [bg, j, e])
-
-        with T.If(shown), T.Then():
-            vectors(self.E, self.lanes, copy)
-            T.buffer_store(self.values, f32(1.0), [bg, j, self.E])
-
-    def _sum(self, bg: Any, block: Any) -> None:
-        """The state of one block of keys."""
-        b, g, first = bg // self.G, bg % self.G, block * self.C
-        number = imin(self.C, self.T - first) if self.T % self.C else self.C
-        with T.serial(0, self.Rp // ROWS) as rows:
-            r0 = rows * ROWS
-            for e0, width in panels(self.Ep, self.lanes):
-                tile(
-                    # Features after the last repeat it; nothing reads their sums.
-                    lambda i, j: load(self.fk, b, g, first + j, imin(r0 + i, self.R - 1)),
-                    lambda j, e, e0=e0: self.values[bg, first + j, e0 + e],  # type: ignore[misc]
-                    number,
-                    lambda i, e, s, e0=e0: T.buffer_store(  # type: ignore[misc]
-                        self.part, s, [bg, block, r0 + i, e0 + e]
-                    ),
-                    width=width,
-                )
+    def _visible(self, b: Any, j: Any) -> Any:
+        inside = j < self.T
+        if self.mask is None:
+            return inside
+        return tirx.all(inside, self.shown(b, imin(j, self.T - 1)))
 
     def _add_up(self, bh: Any, r: Any) -> None:
         """far of block n: the blocks up to n - 2, and (not causal) from n + 2 on."""
@@ -119,12 +80,6 @@ class _Blocks(Sizes):
                 0.0,
             )
             T.buffer_store(ends, highest, [0, side])
-
-        def add(n: Any) -> None:
-            def one(e: Any) -> None:
-                T.buffer_store(run, run[0, e] + self.part[bg, n, r, e], [0, e])
-
-            vectors(self.Ep, self.lanes, one)
 
         def earlier(n: Any) -> None:
             def one(e: Any) -> None:
@@ -142,88 +97,38 @@ class _Blocks(Sizes):
         fill(run, 1, self.Ep)
         with T.serial(0, self.blocks) as n:
             with T.If(n > 1), T.Then():
-                add(n - 2)
+                self.add_part(run, bg, n - 2, r)
             earlier(n)
         if self.causal:
             return
         fill(run, 1, self.Ep)
         with T.serial(0, self.blocks - 2) as back:
-            add(last - back)
+            self.add_part(run, bg, last - back, r)
             later(last - 2 - back)
 
-    def _read(self, b: Any, h: Any, block: Any, part: Any) -> None:
-        """A tile of rows of one block."""
+    def read_tile(self, b: Any, h: Any, block: Any, part: Any) -> None:
         rows = min(ROWS, self.C)
-        row, bg, bh = part * rows, b * self.G + h // self.group, b * self.H + h
-        first = imax(block - 1, 0) * self.C  # of the keys near
-        weights, result = scratch(rows, self.width), scratch(rows, self.Ep)
-        features = scratch(rows, self.R)
+        row, weights, features = part * rows, scratch(rows, self.width), scratch(rows, self.R)
 
         def token(i: Any) -> Any:
-            return imin(block * self.C + imin(row + i, self.C - 1), self.T - 1)
+            return self.token(block, row + i)
 
-        with T.serial(0, rows) as i:
+        self.copy(rows, self.R, features, lambda i, r: load(self.fq, b, h, token(i), r))
+        self._weights(b, h, block, token, features, weights)
+        self.write_rows((b, h, block, row), b * self.H + h, weights, features, TINY)
 
-            def copy(r: Any, i: Any = i) -> None:
-                T.buffer_store(features, load(self.fq, b, h, token(i), r), [i, r])
-
-            vectors(self.R, self.lanes, copy)
-        self._weights(b, h, bg, block, first, token, features, weights)
-        for e0, width in panels(self.Ep, self.lanes):
-            near = (
-                self.near,
-                lambda i, j: weights[i, j],
-                lambda j, e, e0=e0: self.values[bg, first + j, e0 + e],
-            )
-            far = (
-                self.R,
-                lambda i, r: features[i, r],
-                lambda r, e, e0=e0: self.far[bh, block, r, e0 + e],
-            )
-            tile(
-                near[1],
-                near[2],
-                [near, far],
-                lambda i, e, s, e0=e0: T.buffer_store(result, s, [i, e0 + e]),  # type: ignore[misc]
-                rows=rows,
-                width=width,
-            )
-        with T.serial(0, rows) as i:
-            inside = tirx.all(row + i < self.C, block * self.C + row + i < self.T)
-            with T.If(inside), T.Then():
-                self._divide(b, h, token(i), result, i)
-
-    def _weights(
-        self, b: Any, h: Any, bg: Any, block: Any, first: Any, token: Any, features: Any,
-        weights: Any,
-    ) -> None:  # fmt: skip
+    def _weights(self, b: Any, h: Any, block: Any, token: Any, features: Any, weights: Any) -> None:
         """Products of features with the keys near, times their factors."""
         end = (block + (1 if self.causal else 2)) * self.C  # of the keys near
-        bt = 0 if int(self.table.shape[0]) == 1 else b
+        bt, first = 0 if int(self.table.shape[0]) == 1 else b, self.first_near(block)
 
         def put(i: Any, j: Any, s: Any) -> None:
             key = first + j
             factor = self.padded[bt, h, key - token(i) + (self.T - 1)]
             T.buffer_store(weights, s * tirx.Select(key < end, factor, f32(0.0)), [i, j])
 
-        for j0, width in panels(self.near, self.lanes):
-            tile(
-                lambda i, r: features[i, r],
-                lambda r, j, j0=j0: self.turned[bg, r, first + j0 + j],  # type: ignore[misc]
-                self.R,
-                lambda i, j, s, j0=j0: put(i, j0 + j, s),  # type: ignore[misc]
-                rows=min(ROWS, self.C),
-                width=width,
-            )
-
-    def _divide(self, b: Any, h: Any, at: Any, result: Any, i: Any) -> None:
-        factor = scratch(1, 1)
-        T.buffer_store(factor, f32(1.0) / tirx.max(result[i, self.E], f32(TINY)), [0, 0])
-
-        def put(e: Any) -> None:
-            store(self.out, [b, h, at, e], result[i, e] * factor[0, 0])
-
-        vectors(self.E, self.lanes, put)
+        bg = b * self.G + h // self.group
+        self.near_products(features, self.R, bg, first, put)
 
 
 def apply(func: Any, target: Target) -> Any | None:
