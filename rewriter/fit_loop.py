@@ -20,7 +20,7 @@ WARM_UP = 10  # steps, at least
 WARM_SHARE = 0.08  # of the task; Adam's first steps move every weight alike, useful or not
 CHECKS = 10  # validations of one loop
 PATIENCE = 5  # validations without a better one
-EARLIEST = 0.7  # share of a task before which it is not ended early: the rate is still high
+EARLIEST = 0.9  # share of a task before which it does not end: most is gained as the rate falls
 MOST_SKIPS = 8  # steps without a finite loss before the loop gives up
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -41,7 +41,7 @@ def test_it_learns_what_the_labels_say(form: str) -> None:
         made, labelled(30, 1), loss, seconds=60, rates=Rates(weights=3e-3, steps=250),
         validation=labelled(4, 2),
     )  # fmt: skip
-    assert done.steps == 250
+    assert 225 <= done.steps <= 250  # five looks without a better state end it, from 90 % on
     assert done.loss_before > 0.5
     assert done.loss_after < 0.5 * done.loss_before
     with torch.no_grad():

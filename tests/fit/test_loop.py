@@ -55,6 +55,7 @@ def test_the_best_state_is_kept_when_later_ones_are_worse() -> None:
     stage = Loop(task(x, lambda _: -x.sum(), rate=0.5), FitState(), lambda: None, 1e9).run()
     assert stage.loss_after <= stage.loss_before
     assert float((x.detach() - 3).square().sum()) == stage.loss_after
+    assert stage.steps == 180  # nothing better in five looks, and 90 % of the task are done
 
 
 def test_progress_and_saving() -> None:
