@@ -10,6 +10,7 @@ import tvm
 from tvm import ir
 
 from codegen.kernels import activations, norm, reductions, softmax
+from codegen.kernels.attention import attributes
 from codegen.target import Target
 from codegen.tvm_env import current_target
 
@@ -81,7 +82,7 @@ def _layer_norm(bb: Any, call: Any) -> Any | None:
         gamma,
         beta,
         primfunc_name_hint="layer_norm",
-        primfunc_attrs={"op_pattern": _OPAQUE},
+        primfunc_attrs=attributes("layer_norm", {"centred": True, "eps": eps}),
     )
 
 
@@ -95,7 +96,7 @@ def _rms_norm(bb: Any, call: Any) -> Any | None:
         x,
         gamma,
         primfunc_name_hint="rms_norm",
-        primfunc_attrs={"op_pattern": _OPAQUE},
+        primfunc_attrs=attributes("layer_norm", {"centred": False, "eps": eps}),
     )
 
 

@@ -51,6 +51,36 @@ def test_layer_norm_and_rms_norm(bias):
     check(model, torch.randn(2, 9, 48), tolerance=1e-5)
 
 
+@pytest.mark.parametrize("rows", [(1,), (2, 5), (49, 3), (3, 197)])
+@pytest.mark.parametrize("width", [3, 32, 160, 1031])
+def test_norms_of_tiles_that_rows_do_not_fill(rows, width):
+    model = nn.Sequential(nn.LayerNorm(width), nn.RMSNorm(width, eps=1e-6))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p))
+    result = check(model, torch.randn(*rows, width) * 3 + 10, tolerance=5e-5)
+    assert {k.scheduled_by for k in result.kernels} == {"layer_norm"}
+
+
+@pytest.mark.parametrize("norm", [F.layer_norm, F.rms_norm])
+def test_a_row_of_a_norm_sees_no_other_row(norm):
+    x = torch.randn(300, 40)
+    x[[7, 299], 3] = float("nan")
+    x[150, 39] = float("inf")
+    (got,) = run(lowered(Apply(lambda a: norm(a, (40,))), (x,)), (x,))
+    odd = [7, 150, 299]
+    assert np.isnan(got[[7, 299]]).all()
+    assert np.isnan(got[150, 39])
+    kept = np.delete(np.arange(300), odd)
+    np.testing.assert_allclose(got[kept], norm(x.double(), (40,))[kept], atol=1e-5)
+
+
+def test_scale_and_shift_of_a_norm_may_be_one_tensor():
+    model = nn.LayerNorm(24)
+    model.bias = model.weight = nn.Parameter(torch.randn(24))
+    check(model, torch.randn(2, 30, 24), tolerance=1e-5)
+
+
 @pytest.mark.parametrize("dims", [(0,), (1,), (0, 2), (1, 2)])
 def test_other_axes(dims):
     check(Apply(lambda x: (x.sum(dims), x.mean(dims), x.amax(dims))), torch.randn(33, 20, 24))
