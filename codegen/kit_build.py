@@ -12,6 +12,7 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax, tirx
 
+from codegen import tvm_env  # noqa: F401  (TVM's threads, before its pool is made)
 from codegen.count import count
 from codegen.kit import Kit
 from codegen.schedule import schedule
@@ -21,6 +22,12 @@ from passes.form import Form, FormSpec
 from passes.opcount import OpCount
 
 Array = NDArray[Any]
+
+
+def pool_threads() -> int:
+    """Threads with which built forms run in the calling thread: TVM_NUM_THREADS, else every usable
+    core."""
+    return int(tvm.runtime.num_threads())
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from codegen.kit_build import Running
     from codegen.target import Target
 
-SCHEMA = 2
+SCHEMA = 3
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-ROUNDS = 5  # of runs of 0.2 to 0.6 s; 15 of shorter ones, 3 of longer ones
+FEWEST, MOST = 5, 50  # turns at one length
+BUDGET = 2.5  # seconds of turns at one length, where there are more than the fewest
+LEVEL = 0.05  # times that differ by less than this share are not told apart
 LONGEST = 1.6  # seconds of one run; after it no longer length is measured
 Progress = Callable[..., None]
 
@@ -53,7 +55,7 @@ class Curve:
 
     `growth` is the exponent between the two longest lengths (1 is linear). `break_even` is the
     number of tokens from which the form is faster: interpolated, 0 if it always was, None if
-    it never was. `why` says why there is nothing.
+    it is not faster by `LEVEL` at the longest length. `why` says why there is nothing.
     """
 
     form: str
@@ -73,7 +75,7 @@ class Curve:
     def break_even(self) -> int | None:
         """Tokens from which on this form is the faster one."""
         points = sorted((n, self.seconds[n] / self.exact[n]) for n in self.seconds)
-        if not points or points[-1][1] >= 1:
+        if not points or points[-1][1] > 1 - LEVEL:
             return None
         slower = [i for i, (_, ratio) in enumerate(points) if ratio >= 1]
         if not slower:
@@ -81,6 +83,12 @@ class Curve:
         (a, ra), (b, rb) = points[slower[-1]], points[slower[-1] + 1]
         share = math.log(ra) / (math.log(ra) - math.log(rb))
         return round(math.exp(math.log(a) + share * (math.log(b) - math.log(a))))
+
+    @property
+    def level(self) -> bool:
+        """Is it, at the longest length, neither faster nor slower than exact attention?"""
+        longest = max(self.seconds, default=0)
+        return bool(longest) and abs(self.seconds[longest] / self.exact[longest] - 1) <= LEVEL
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -123,8 +131,14 @@ def break_even(
         raise UsageError(f"lengths: give ascending numbers of tokens from 2, got {list(lengths)}")
     for name in forms:
         form_named(name)
-    key = {"shape": asdict(shape), "lengths": list(lengths), "target": target.to_json()}
-    key["machine"] = machine()
+    from codegen.kit_build import pool_threads
+
+    key: dict[str, Any] = {
+        "shape": asdict(shape),
+        "lengths": list(lengths),
+        "target": target.to_json(),
+    }
+    key |= {"machine": machine(), "threads": pool_threads()}
     head = {"schema": SCHEMA, "key": key}
     done = {c.form: c for c in read_rows(record, head, "curves", Curve.from_json, "forms")}
     exact: dict[int, Running] = {}  # built once for each length
@@ -184,8 +198,8 @@ def _running(form: Form, site: AttentionSite, target: Target) -> Running:
 
 def _turns(mine: Running, theirs: Running) -> tuple[float, float]:
     """Median seconds of both, taking turns."""
-    first = max(mine(), theirs())
-    rounds = 3 * ROUNDS if first < 0.2 else ROUNDS if first < 0.6 else 3
+    first = mine() + theirs()
+    rounds = min(MOST, max(FEWEST, int(BUDGET / first)))
     pairs = [(mine(), theirs()) for _ in range(rounds)]
     medians = (statistics.median(row) for row in zip(*pairs, strict=True))
     a, b = (float(f"{seconds:.4g}") for seconds in medians)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import rewriter.break_even
-from codegen.target import target_named
+from codegen.target import target_named, usable_cores
 from passes.errors import UnknownName, UsageError
 from rewriter.break_even import Curve, Shape, break_even
 from rewriter.break_even_view import faster_from, page, picture, table
@@ -31,7 +34,10 @@ def test_growth_and_break_even_of_known_curves() -> None:
     assert curve({512: 0.5, 1024: 0.4}).break_even == 0
     never = curve({512: 3.0, 1024: 2.0})
     assert never.break_even is None
-    assert faster_from(never) == "not up to 1024"
+    assert faster_from(never) == "not up to 1,024"
+    close = curve({512: 1.3, 1024: 0.96})  # within the noise
+    assert close.break_even is None
+    assert faster_from(close) == "level"
     assert curve({512: 1.0}).growth is None
     # faster, slower, faster: only the last crossing counts
     assert 1024 < (curve({512: 0.9, 1024: 1.5, 2048: 0.5}).break_even or 0) < 2048
@@ -52,13 +58,26 @@ def test_real_kernels_and_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         break_even(["elu"], CPU, shape=Shape(heads=1), lengths=(16, 64), record=record)
     data, curves = read_record(record, "curves", Curve.from_json)
     assert curves == made
+    assert data["key"]["threads"] >= 1
     text = page(data, [*curves, Curve("x", why="M04: no")], "p.png")
     assert "2 heads of 16, no mask" in text
     assert "| exact |" in text
     assert "- `x`: M04: no" in text
+    assert "--lengths 16,64 --record" in text
     picture(made, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     assert len(table(made).columns) == 5
+
+
+def test_every_usable_core_takes_part() -> None:
+    # A fresh process: TVM settles its threads once, by its own default at half of the cores.
+    others = ("TVM_NUM_THREADS", "OMP_NUM_THREADS")
+    told = subprocess.run(
+        [sys.executable, "-c", "from codegen.kit_build import pool_threads as n; print(n())"],
+        env={k: v for k, v in os.environ.items() if k not in others},
+        check=True, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert int(told.stdout) == usable_cores()
 
 
 def test_a_span_is_made_to_reach_the_longest_length() -> None:
