@@ -6,9 +6,10 @@ power of two (`terms` 1), or a sum of two (`terms` 2: two fields of two bits). T
 is the sum times ``scale`` (a power of two per column).
 
 One row: the product with a weight is made by adding to the exponent of the input
-(``coded_add_*``), no multiplication. A few rows: the weight is made by its bits and multiplied
-(``coded_fma_*``), which shares that work between the rows. Many rows: a panel of weights is made
-once into a buffer, and the product is a dense one (codegen/kernels/dense.py).
+(``coded_add_*``), no multiplication; a processor with AVX-512 does it by a multiply-add, which
+takes it less time (codegen/schedules/_coded.py). A few rows: the weight is made by its bits and
+multiplied (``coded_fma_*``), which shares that work between the rows. Many rows: a panel of weights
+is made once into a buffer, and the product is a dense one (codegen/kernels/dense.py).
 """
 
 from __future__ import annotations

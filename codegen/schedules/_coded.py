@@ -1,8 +1,11 @@
 """The innermost step of products with codes: one word of codes for each lane of a vector.
 
 The LLVM functions here hold what the codes stand for in registers and look it up by vpermps,
-which reads only the lowest 4 bits of an index (vpermt2ps: 5). In ``add`` the table is of products,
-made by adding to the exponent of the input; it is shared by all vectors that read the same input.
+which reads only the lowest 4 bits of an index (vpermt2ps: 5); one multiply-add follows. It also
+stands for ``add``, whose products are made by adding to an exponent: a product with a power of two
+is exact, so the sums are the same, but for products below the smallest normal number, which it
+keeps (two powers: and for the rounding of their sum). Binary codes look up a table of the signed
+sums of an input's parts.
 """
 
 from __future__ import annotations
@@ -17,19 +20,14 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels.binary import signed_sum
-from codegen.kernels.coded import NAN, Term, code_of, product_of, terms_of, weight_of
+from codegen.kernels.coded import code_of, product_of, weight_of
 from codegen.target import Target
-from passes.linear_forms._codes import CodeSpec
+from passes.linear_forms._codes import PANEL, CodeSpec
 
 LANES = 16
 _F, _I = "<16 x float>", "<16 x i32>"
 _ONE_TABLE = "@llvm.x86.avx512.permvar.sf.512"
 _TWO_TABLES = "@llvm.x86.avx512.vpermi2var.ps.512"
-
-
-def function_name(kind: str, spec: CodeSpec) -> str:
-    """Name of the LLVM function of one step."""
-    return f"rewriter_coded_{kind}_{spec.key}"
 
 
 def has_tables(target: Target) -> bool:
@@ -44,128 +42,153 @@ def values_name(spec: CodeSpec) -> str:
 
 def values_code(spec: CodeSpec, target: Target) -> str:
     """The LLVM function <16 x i32> -> <16 x float>: the values of the lowest codes of 16 words."""
-    body = _Body(spec, 0)
+    body = _Body(spec)
     made = body.look_up(body.weights(), "%w")
+    return _module(f"define {_F} @{values_name(spec)}({_I} %w)", body, made, target)
+
+
+def step_name(kind: str, spec: CodeSpec) -> str:
+    """Name of the LLVM function of one step."""
+    return f"rewriter_coded_{kind}_{spec.key}"
+
+
+def step_code(kind: str, spec: CodeSpec, target: Target) -> str:
+    """The LLVM function c + (x times the values of the lowest codes of 16 words).
+
+    Of binary codes (kind "binary") x are the parts of one input, <bits x float>.
+    """
+    body = _Body(spec)
+    if kind == "binary":
+        total = body.line(f"fadd {_F} %c, {body.look_up([body.sums()], '%w')}")
+    else:
+        value, row = body.look_up(body.weights(), "%w"), body.spread("%x")
+        total = body.line(f"call {_F} @llvm.fma.v16f32({_F} {row}, {_F} {value}, {_F} %c)")
+    x = f"<{spec.bits} x float>" if kind == "binary" else "float"
+    head = f"define {_F} @{step_name(kind, spec)}({_F} %c, {x} %x, {_I} %w)"
+    return _module(head, body, total, target)
+
+
+def _module(head: str, body: _Body, result: str, target: Target) -> str:
+    mattr = ",".join(target.tvm.get("mattr", ()))
     return f"""
+declare {_F} @llvm.fma.v16f32({_F}, {_F}, {_F})
 declare {_F} {_ONE_TABLE}({_F}, {_I})
 declare {_F} {_TWO_TABLES}({_F}, {_I}, {_F})
-define {_F} @{values_name(spec)}({_I} %w) #0 {{
+{head} #0 {{
 {body.text()}
-  ret {_F} {made}
+  ret {_F} {result}
 }}
-{_attributes(target)}
+attributes #0 = {{ alwaysinline nounwind memory(none) "target-cpu"="{target.tvm["mcpu"]}" \
+"target-features"="{mattr}" }}
 """
 
 
-def _attributes(target: Target) -> str:
-    mattr = ",".join(target.tvm.get("mattr", ()))
-    return (
-        f'attributes #0 = {{ alwaysinline nounwind "target-cpu"="{target.tvm["mcpu"]}" '
-        f'"target-features"="{mattr}" }}'
-    )
-
-
 @functools.cache
-def instruction(kind: str, spec: CodeSpec, index: str) -> str:
-    """The tensor intrinsic c[16] += sum over i of x[i] times code i of w[16].
+def instruction(kind: str, spec: CodeSpec, rows: int, panels: int, index: str) -> str:
+    """The tensor intrinsic c[rows, panels * 32] += sum over i of x[rows, i] times code i of w.
 
     `index` is the type of the kernel's loop variables, which must be the same.
     """
-    name = f"rewriter_coded_step_{kind}_{spec.key}_{index}"
-    TensorIntrin.register(name, _described(kind, spec, index), _called(kind, spec))
+    name = f"rewriter_coded_step_{kind}_{spec.key}_{rows}_{panels}_{index}"
+    size = (rows, panels)
+    TensorIntrin.register(
+        name, _described(kind, spec, size, index), _called(kind, spec, size, index)
+    )
     return name
 
 
-def _arguments(kind: str, spec: CodeSpec) -> list[Any]:
+def _arguments(kind: str, spec: CodeSpec, size: tuple[int, int], index: str) -> list[Any]:
+    """c, x, w: parts of larger tensors, so all strides but the last are left open."""
+    rows, panels = size
+    lead = (rows,) if rows > 1 else ()  # a schedule has no axis for one row
     inputs = (spec.per, spec.bits) if kind == "binary" else (spec.per,)
-    shapes = {"c": ((LANES,), "float32"), "x": (inputs, "float32"), "w": ((LANES,), "int32")}
+    shapes = {
+        "c": ((*lead, panels * PANEL), "float32"),
+        "x": ((*lead, *inputs), "float32"),
+        "w": ((panels, 1, PANEL), "int32"),
+    }
     return [
-        T.arg(name, T.buffer(shape, dtype, offset_factor=1))
+        T.arg(name, T.buffer(shape, dtype, strides=_strides(name, shape, index), offset_factor=1))
         for name, (shape, dtype) in shapes.items()
     ]
 
 
-def _described(kind: str, spec: CodeSpec, index: str) -> Any:
-    lanes, per = (tirx.const(n, index) for n in (LANES, spec.per))
+def _strides(name: str, shape: tuple[int, ...], index: str) -> list[Any]:
+    return [
+        *(tirx.Var(f"{name}_{n}", index) for n in range(len(shape) - 1)),
+        tirx.const(1, index),
+    ]
+
+
+def _regions(c: Any, x: Any, w: Any) -> list[Any]:
+    return [b[tuple(slice(0, int(n)) for n in b.shape)] for b in (c, x, w)]
+
+
+def _described(kind: str, spec: CodeSpec, size: tuple[int, int], index: str) -> Any:
+    extents = (*size[:1], size[1] * PANEL, spec.per)[0 if size[0] > 1 else 1 :]
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name("main")
-        c, x, w = _arguments(kind, spec)
+        c, x, w = _arguments(kind, spec, size, index)
         with T.sblock("root"):
-            T.reads([c[0:LANES], _region(kind, spec, x), w[0:LANES]])
-            T.writes([c[0:LANES]])
-            with T.grid(lanes, per) as (lane, i), T.sblock("update"):
-                vl, vi = T.axis.remap("SR", [lane, i])
-                code = code_of(spec, w[vl], vi)
-                made = _made(kind, spec, x, vi, code)
-                T.buffer_store(c, c[vl] + made, [vl])
+            regions = _regions(c, x, w)
+            T.reads(regions)
+            T.writes(regions[:1])
+            grid = T.grid(*(tirx.const(n, index) for n in extents))
+            with grid as loops, T.sblock("update"):
+                *vr, vn, vi = T.axis.remap("SSR"[-len(extents) :], list(loops))
+                code = code_of(spec, w[vn // PANEL, 0, vn % PANEL], vi)
+                made = _made(kind, spec, lambda *k: x[(*vr, *k)], vi, code)
+                T.buffer_store(c, c[(*vr, vn)] + made, [*vr, vn])
     return ib.get()
-
-
-def _region(kind: str, spec: CodeSpec, x: Any) -> Any:
-    return x[0 : spec.per, 0 : spec.bits] if kind == "binary" else x[0 : spec.per]
 
 
 def _made(kind: str, spec: CodeSpec, x: Any, i: Any, code: Any) -> Any:
     """What one code adds to the sum."""
     if kind == "binary":
-        return signed_sum(spec, lambda r: x[i, r], code)
-    return product_of(spec, x[i], code) if kind == "add" else x[i] * weight_of(spec, code)
+        return signed_sum(spec, lambda r: x(i, r), code)
+    return product_of(spec, x(i), code) if kind == "add" else x(i) * weight_of(spec, code)
 
 
-def _width(kind: str, spec: CodeSpec) -> int:
-    """Floats that one step reads of the inputs."""
-    return spec.per * (spec.bits if kind == "binary" else 1)
-
-
-def _called(kind: str, spec: CodeSpec) -> Any:
+def _called(kind: str, spec: CodeSpec, size: tuple[int, int], index: str) -> Any:
+    rows, vectors = size[0], size[1] * PANEL // LANES
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name("main")
-        c, x, w = _arguments(kind, spec)
+        c, x, w = _arguments(kind, spec, size, index)
         with T.sblock("root"):
-            T.reads([c[0:LANES], _region(kind, spec, x), w[0:LANES]])
-            T.writes([c[0:LANES]])
-            done = tirx.call_pure_extern(
-                f"float32x{LANES}",
-                function_name(kind, spec),
-                c.vload([0], f"float32x{LANES}"),
-                x.vload([0] * len(x.shape), f"float32x{_width(kind, spec)}"),
-                w.vload([0], f"int32x{LANES}"),
-            )
-            T.buffer_store(c, done, [tirx.Ramp(0, 1, LANES)])
+            regions = _regions(c, x, w)
+            T.reads(regions)
+            T.writes(regions[:1])
+            # Sums next to each other do not wait for each other.
+            for i in range(spec.per):
+                for v in range(vectors):
+                    for r in range(rows):
+                        _step(kind, spec, (c, x, w), (r, v, i))
     return ib.get()
 
 
-def llvm_code(kind: str, spec: CodeSpec, target: Target) -> str:
-    """The LLVM function of one step."""
-    body = _Body(spec, _width(kind, spec))
-    total = "%c"
-    shared = body.weights() if kind == "fma" else []
-    for i in range(spec.per):
-        index = "%w" if i == 0 else body.line(f"lshr {_I} %w, {_all(i * spec.bits)}")
-        row = "" if kind == "binary" else body.input(i)
-        tables = shared or (body.products(row) if row else [body.sums(i)])
-        value = body.look_up(tables, index)
-        if kind == "fma":
-            total = body.line(f"call {_F} @llvm.fma.v16f32({_F} {row}, {_F} {value}, {_F} {total})")
-        else:
-            total = body.line(f"fadd {_F} {total}, {value}")
-    return f"""
-declare {_F} @llvm.fma.v16f32({_F}, {_F}, {_F})
-declare {_F} {_ONE_TABLE}({_F}, {_I})
-declare {_F} {_TWO_TABLES}({_F}, {_I}, {_F})
-define {_F} @{function_name(kind, spec)}({_F} %c, <{body.width} x float> %x, {_I} %w) #0 {{
-{body.text()}
-  ret {_F} {total}
-}}
-{_attributes(target)}
-"""
+def _step(kind: str, spec: CodeSpec, buffers: Any, at: tuple[int, int, int]) -> None:
+    """c of row r and vector v += code i of its words times its input."""
+    (c, x, w), (row, v, i) = buffers, at
+    r = [row] if len(c.shape) > 1 else []
+    panel, first = divmod(v * LANES, PANEL)
+    word = w.vload([panel, 0, first], f"int32x{LANES}")
+    shift = tirx.Broadcast(tirx.const(i * spec.bits, "int32"), LANES)
+    given = x.vload([*r, i, 0], f"float32x{spec.bits}") if kind == "binary" else x[(*r, i)]
+    done = tirx.call_pure_extern(
+        f"float32x{LANES}",
+        step_name(kind, spec),
+        c.vload([*r, v * LANES], f"float32x{LANES}"),
+        given,
+        word >> shift if i else word,
+    )
+    T.buffer_store(c, done, [*r, tirx.Ramp(v * LANES, 1, LANES)])
 
 
 class _Body:
     """Lines of an LLVM function; every method returns the name (or constant) of its result."""
 
-    def __init__(self, spec: CodeSpec, width: int) -> None:
-        self.spec, self.width = spec, width
+    def __init__(self, spec: CodeSpec) -> None:
+        self.spec = spec
         self.lines: list[str] = []
 
     def line(self, code: str) -> str:
@@ -176,20 +199,17 @@ class _Body:
     def text(self) -> str:
         return "\n".join(self.lines)
 
-    def input(self, at: int) -> str:
-        """Input `at` in all lanes."""
-        value = self.line(f"extractelement <{self.width} x float> %x, i32 {at}")
+    def spread(self, value: str) -> str:
+        """A float in all lanes."""
         one = self.line(f"insertelement {_F} poison, float {value}, i32 0")
         return self.line(f"shufflevector {_F} {one}, {_F} poison, {_I} zeroinitializer")
 
     def weights(self) -> list[str]:
         """Constant tables of the codes' values."""
-        return [_vector("float", [_float(v) for v in part]) for part in self._tables()]
-
-    def _tables(self) -> list[list[float]]:
         values = self.spec.values()
         whole = values * (LANES // len(values)) if len(values) < LANES else values
-        return [whole[at : at + LANES] for at in range(0, len(whole), LANES)]
+        parts = [whole[at : at + LANES] for at in range(0, len(whole), LANES)]
+        return [_vector("float", [_float(v) for v in part]) for part in parts]
 
     def look_up(self, tables: list[str], index: str) -> str:
         if len(tables) == 1:
@@ -197,50 +217,17 @@ class _Body:
         low, high = tables
         return self.line(f"call {_F} {_TWO_TABLES}({_F} {low}, {_I} {index}, {_F} {high})")
 
-    def sums(self, i: int) -> str:
-        """The table of signed sums of the parts of input `i`."""
-        total, bits = "", self.spec.bits
-        for r in range(bits):
-            part = self.line(f"bitcast {_F} {self.input(i * bits + r)} to {_I}")
+    def sums(self) -> str:
+        """The table of signed sums of the parts of one input."""
+        total = ""
+        for r in range(self.spec.bits):
+            one = self.line(f"extractelement <{self.spec.bits} x float> %x, i32 {r}")
+            part = self.line(f"bitcast {_F} {self.spread(one)} to {_I}")
             sign = [0 if c >> r & 1 else -(2**31) for c in range(LANES)]
             turned = self.line(f"xor {_I} {part}, {_ints(sign)}")
-            one = self.line(f"bitcast {_I} {turned} to {_F}")
-            total = self.line(f"fadd {_F} {total}, {one}") if total else one
+            signed = self.line(f"bitcast {_I} {turned} to {_F}")
+            total = self.line(f"fadd {_F} {total}, {signed}") if total else signed
         return total
-
-    def products(self, row: str) -> list[str]:
-        """Tables of x times the codes' values, for one input x in all lanes of `row`."""
-        bits = self.line(f"bitcast {_F} {row} to {_I}")
-        high = self.line(f"lshr {_I} {bits}, {_all(23)}")
-        exponent = self.line(f"and {_I} {high}, {_all(255)}")
-        large = self.line(f"icmp eq {_I} {exponent}, {_all(255)}")
-        known = (bits, exponent, large)
-        codes = 1 << self.spec.bits
-        count = max(codes, LANES)
-        lanes = [c % codes for c in range(count)]
-        return [self._table(lanes[at : at + LANES], *known) for at in range(0, count, LANES)]
-
-    def _table(self, codes: list[int], *known: str) -> str:
-        parts = [self._term(term, codes, *known) for term in terms_of(self.spec)]
-        total = parts[0]
-        for part in parts[1:]:
-            total = self.line(f"fadd {_F} {total}, {part}")
-        sign = [-(2**31) * (c >> (self.spec.bits - 1) & 1) for c in codes]
-        bits = self.line(f"bitcast {_F} {total} to {_I}")
-        turned = self.line(f"xor {_I} {bits}, {_ints(sign)}")
-        return self.line(f"bitcast {_I} {turned} to {_F}")
-
-    def _term(self, term: Term, codes: list[int], bits: str, exponent: str, large: str) -> str:
-        fields = [(c >> term.at) & term.mask for c in codes]
-        down = [term.top - (f << term.up) for f in fields]
-        some = _vector("i1", [str(int(f != 0)) for f in fields])
-        fits = self.line(f"icmp sgt {_I} {exponent}, {_ints(down)}")
-        used = self.line(f"and <16 x i1> {fits}, {some}")
-        moved = self.line(f"sub {_I} {bits}, {_ints([d << 23 for d in down])}")
-        finite = self.line(f"select <16 x i1> {used}, {_I} {moved}, {_I} zeroinitializer")
-        special = self.line(f"select <16 x i1> {some}, {_I} {bits}, {_I} {_all(NAN)}")
-        safe = self.line(f"select <16 x i1> {large}, {_I} {special}, {_I} {finite}")
-        return self.line(f"bitcast {_I} {safe} to {_F}")
 
 
 def _vector(kind: str, values: list[str]) -> str:
@@ -249,10 +236,6 @@ def _vector(kind: str, values: list[str]) -> str:
 
 def _ints(values: list[int]) -> str:
     return _vector("i32", [str(v) for v in values])
-
-
-def _all(value: int) -> str:
-    return _ints([value] * LANES)
 
 
 def _float(value: float) -> str:

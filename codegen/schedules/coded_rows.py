@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from codegen.rule import Rule
-from codegen.schedules._coded import has_tables, instruction, llvm_code
+from codegen.schedules._coded import has_tables, instruction, step_code
 from codegen.schedules._common import Blocks, extent, fuse_all, parallel_chunks
 from codegen.schedules._dot import IMPORT
 from codegen.schedules.dense import store_block, store_vectors
@@ -28,29 +28,34 @@ def apply(func: Any, target: Target) -> Any | None:
     sch, product = blocks.sch, blocks.named(found[0])
     store = store_block(blocks, found[0])
     rows, columns, group, inner = sch.get_loops(product)
-    chunk, panel = sch.split(columns, [None, PANEL * _together(sch, rows, columns, target)])
-    vector, lane = sch.split(panel, [None, target.lanes])
-    tables = has_tables(target)
-    steps = (lane, inner) if tables else (inner, lane)
-    sch.reorder(chunk, group, rows, vector, *steps)
+    together = _together(sch, rows, columns, target)
+    chunk, panel = sch.split(columns, [None, PANEL * together])
+    sch.reorder(chunk, group, rows, panel, inner)
     _, last = parallel_chunks(sch, [chunk], target)
     for name in ("coded_x", "binary_x"):
         if name in blocks.names:
             _vectors(sch, blocks.named(name))
     sch.reverse_compute_at(store, last)
     store_vectors(sch, store, target)
-    sch.unroll(rows)
-    sch.unroll(vector)
-    if not tables:
-        sch.unroll(inner)
+    if not has_tables(target):
+        vector, lane = sch.split(panel, [None, target.lanes])
+        sch.reorder(inner, lane)
+        for loop in (rows, vector, inner):
+            sch.unroll(loop)
         sch.vectorize(lane)
         sch.decompose_reduction(product, group)
         return sch
     start = sch.decompose_reduction(product, group)
-    sch.vectorize(sch.get_loops(start)[-1])
-    index = str(sch.get(lane).loop_var.ty)
-    sch.tensorize(lane, instruction(kind, spec, index))
-    sch.annotate(last, IMPORT, llvm_code(kind, spec, target))
+    *_, row, column = sch.get_loops(start)
+    sch.unroll(row)
+    vector, lane = sch.split(column, [None, target.lanes])
+    sch.unroll(vector)
+    sch.vectorize(lane)
+    index = str(sch.get(rows).loop_var.ty)
+    count = extent(sch, rows)
+    step = instruction(kind, spec, count, together, index)
+    sch.tensorize(rows if count > 1 else panel, step)
+    sch.annotate(last, IMPORT, step_code(kind, spec, target))
     return sch
 
 
