@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,9 +60,12 @@ def lines_of(points: Mapping[str, Mapping[int, float]]) -> list[Line]:
     return made
 
 
-def spread(wanted: Sequence[float], gap: float) -> list[float]:
+def spread(
+    wanted: Sequence[float], gap: float, low: float = -math.inf, high: float = math.inf
+) -> list[float]:
     """Places in ascending order, at least `gap` apart, with the least squared distance to `wanted`
-    (ascending): neighbours that are too close share the mean of what they want."""
+    (ascending): neighbours that are too close share the mean of what they want. All are from `low`
+    to `high`, or above it where there is no room."""
     groups: list[tuple[float, int]] = []  # (sum of wanted places less their offsets, members)
     for index, place in enumerate(wanted):
         total, members = place - index * gap, 1
@@ -70,7 +74,8 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
             total, members = total + before, members + count
         groups.append((total, members))
     level = [total / members for total, members in groups for _ in range(members)]
-    return [place + index * gap for index, place in enumerate(level)]
+    top = high - (len(level) - 1) * gap
+    return [max(low, min(place, top)) + index * gap for index, place in enumerate(level)]
 
 
 def name_ends(axes: Axes, lines: Sequence[Line]) -> None:
@@ -82,7 +87,7 @@ def name_ends(axes: Axes, lines: Sequence[Line]) -> None:
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = [(float(to_axes.transform((line.x[-1], line.y[-1]))[1]), line) for line in lines]
     ends.sort(key=lambda end: end[0])
-    places = spread([at for at, _ in ends], 1.2 * SIZE / height)
+    places = spread([at for at, _ in ends], 1.2 * SIZE / height, 0.0, 1.0)
     for place, (_, line) in zip(places, ends, strict=True):
         axes.annotate(
             line.name, (line.x[-1], line.y[-1]), (1.07, place), textcoords=axes.transAxes,

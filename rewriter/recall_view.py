@@ -11,6 +11,7 @@ from rich.table import Table
 
 from passes.decode_form import Streaming
 from passes.form import form_named, forms
+from rewriter.line_labels import family_legend, lines_of, name_ends
 from rewriter.recall import VALUES, Cell, Score, recall_site, scores
 from rewriter.record import save_picture
 
@@ -53,7 +54,8 @@ def page(data: Mapping[str, Any], cells: Sequence[Cell], image: str) -> str:
         f"by turns, at the rates {', '.join(str(r) for r in setup['rates'])} with "
         f"{setup['seeds']} seeds each. Shown is the better rate: the mean over the seeds, in "
         "brackets the least and the largest. **State** is what a head keeps of "
-        f"{3 * max(pairs)} tokens when it generates, in numbers; empty where a form can not.",
+        f"{3 * max(pairs)} tokens when it generates, in numbers; empty where "
+        "`compile --decode` does not take the form.",
         "",
         f"| form | state | {' | '.join(f'{n} pairs' for n in pairs)} | rate |",
         f"|---|---:|{'---:|' * (len(pairs) + 1)}",
@@ -108,7 +110,9 @@ def _cautions() -> list[str]:
         "With 1,500 steps and one other seed `taylor` (rate 0.005) answered 0.99 at 32 pairs and",
         "0.89 at 64, `rebased` (rate 0.01) 1.00 and 0.98: most of the gap between them is speed of",
         "learning.",
-        "`lolcats` sees 128 tokens by softmax: up to 42 pairs it is exact attention.",
+        "`lolcats` sees 128 tokens by softmax: up to 42 pairs it is exact attention. `window` and",
+        "`diag_block` see 64: from 32 pairs on the questions of `diag_block` stand in another",
+        "block than their answers, and `window` reaches a part of them.",
     ]
 
 
@@ -116,14 +120,11 @@ def picture(cells: Sequence[Cell], path: Path) -> None:
     """A PNG (or what the suffix says); `ArtifactError` where it can not be written."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.0, 6.0), layout="constrained")
+    figure = Figure(figsize=(10.0, 7.0), layout="constrained")
     axes = figure.subplots()
-    for index, (name, own) in enumerate(_ordered(scores(cells))):
-        x, y = [s.pairs for s in own], [s.mean for s in own]
-        marker, style = "osD^v<>ph*"[index % 10], ("-", "--", ":")[index // 10 % 3]
-        (line,) = axes.plot(x, y, style, marker=marker, markersize=4, linewidth=1.3, label=name)
-        if name == "exact":
-            line.set(linewidth=2.8, linestyle="-", color="#222222")
+    lines = lines_of({n: {s.pairs: s.mean for s in own} for n, own in _ordered(scores(cells))})
+    for line in lines:
+        line.draw(axes)
     axes.set_xscale("log", base=2)
     ticks = sorted({c.pairs for c in cells})
     axes.set_xticks(ticks, [str(t) for t in ticks])
@@ -133,5 +134,6 @@ def picture(cells: Sequence[Cell], path: Path) -> None:
     axes.grid(alpha=0.25)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    family_legend(axes, lines, "lower left")
+    name_ends(axes, lines)
     save_picture(figure, path)

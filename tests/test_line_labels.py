@@ -18,6 +18,9 @@ def test_places_keep_their_distance_and_stay_near() -> None:
     assert spread([0.0, 5.0, 9.0], 1.0) == [0.0, 5.0, 9.0]
     assert spread([1.0, 1.0, 1.0], 1.0) == pytest.approx([0.0, 1.0, 2.0])
     assert spread([0.0, 2.0, 2.0], 1.0) == pytest.approx([0.0, 1.5, 2.5])
+    assert spread([0.9, 1.0, 1.0], 0.1, 0.0, 1.0) == pytest.approx([0.8, 0.9, 1.0])
+    assert spread([0.0, 0.0], 0.1, 0.0, 1.0) == pytest.approx([0.0, 0.1])
+    assert spread([0.5, 0.5], 2.0, 0.0, 1.0) == pytest.approx([0.0, 2.0])
     draw = np.random.default_rng()
     for _ in range(20):
         wanted, gap = sorted(draw.random(12)), 0.07
