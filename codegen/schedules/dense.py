@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from codegen.kernels.dense import panel_width, row_tile
@@ -13,9 +14,12 @@ from codegen.schedules._common import (
     fuse_all,
     parallel_chunks,
     size,
+    threads,
     vector_split,
 )
 from codegen.target import Target
+
+_TILES = 32  # a thread's tiles of rows from which making a panel is little beside its product
 
 
 def apply(func: Any, target: Target) -> Any | None:
@@ -76,9 +80,26 @@ def _parallel(
     if "dense_panel" not in blocks.names:
         return row_parallel(sch, tiles, panel, over_panels, target)
     sch.reorder(panel, *tiles)
-    _, inner = parallel_chunks(sch, [panel], target)
-    pack_panel(sch, blocks.named("dense_panel"), inner)
-    return fuse_all(sch, tiles)
+    if _each_makes_panels(sch, tiles, panel, over_panels, target):
+        tile, at = _chunks_of_rows(sch, tiles, panel, target), panel
+    else:
+        _, at = parallel_chunks(sch, [panel], target)
+        tile = fuse_all(sch, tiles)
+    pack_panel(sch, blocks.named("dense_panel"), at)
+    return tile
+
+
+def _each_makes_panels(
+    sch: Any, tiles: list[Any], panel: Any, over_panels: bool, target: Target
+) -> bool:
+    """Whether threads share rows and each makes all panels: rows are many, so that this is little.
+
+    Every thread then reads its own rows of x only.
+    """
+    rows = [extent(sch, t) for t in tiles]
+    by_panels = chunk_cost([extent(sch, panel)], target)
+    many = math.prod(rows) >= _TILES * threads(target)
+    return many and not over_panels and chunk_cost(rows, target) <= by_panels
 
 
 def row_parallel(sch: Any, tiles: list[Any], panel: Any, over_panels: bool, target: Target) -> Any:

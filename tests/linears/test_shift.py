@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from codegen.schedule import schedule
 from codegen.target import target_named
 from passes.errors import FormError, RewriterError, UsageError
 from passes.linear_form import LinearSpec, linear_form_named, linear_forms
 from passes.linear_forms._codes import CodeSpec, nearest, pack, unpack, value_of
 from passes.linear_forms.shift import Shift
-from tests.linears.kernels import counted, run, run_many
+from tests.linears.kernels import counted, lowered, run, run_many
 
 SPECS = [CodeSpec(3), CodeSpec(4), CodeSpec(5), CodeSpec(5, 2)]
 ids = [s.key for s in SPECS]
@@ -93,6 +94,18 @@ def test_panels_side_by_side(codes: CodeSpec, rows: int) -> None:
     assert rules == ["coded_rows"]
 
 
+def test_threads_share_many_rows_of_few_columns() -> None:
+    form, target = Shift(), dataclasses.replace(target_named("cpu"), threads=2)
+    spec, params = layer(form, n=30, k=24)
+    packed, x = packed_of(form, params), torch.randn(1040, 24)
+    made = lowered(form, spec, packed, (1040, 24), target)
+    func = next(f for g, f in made.functions_items() if g.name_hint == "coded_linear")
+    assert "T.parallel(T.int64(2))" in schedule(func, target).func.script()
+    out, _ = run(form, spec, packed, x, target)
+    exact = x.double() @ form.weight(params).double().T + params["bias"].double()
+    assert (out.double() - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
 @pytest.mark.parametrize("name", ["cpu", "edge:cortex-a72"])
 def test_kernels_are_scheduled_without_the_processors_tables_too(name: str) -> None:
     made = target_named(name)
@@ -106,9 +119,6 @@ def test_kernels_are_scheduled_without_the_processors_tables_too(name: str) -> N
             torch.testing.assert_close(out, form.forward(params, x), rtol=1e-4, atol=1e-5)
             assert rules == ["coded_rows"]
         else:
-            from codegen.schedule import schedule
-            from tests.linears.kernels import lowered
-
             mod = lowered(form, spec, packed_of(form, params), (rows, 200))
             func = next(f for g, f in mod.functions_items() if g.name_hint == "coded_linear")
             assert schedule(func, plain).rule == "coded_rows"
