@@ -6,10 +6,14 @@ grouped ones channels last (codegen/kernels/conv_last.py).
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from tvm import te, tirx
+
+# Attribute of a block that says how a convolution moves over its image: it survives fusion.
+GEOMETRY = "rewriter.conv"
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,15 @@ class ConvShape:
         high = height + top + bottom - self.dilation[0] * (kh - 1) - 1
         wide = width + left + right - self.dilation[1] * (kw - 1) - 1
         return high // self.stride[0] + 1, wide // self.stride[1] + 1
+
+    def dumps(self) -> str:
+        """As JSON, for the attribute `GEOMETRY` of a block."""
+        return json.dumps([self.stride, self.padding, self.dilation])
+
+    @classmethod
+    def loads(cls, text: str) -> ConvShape:
+        """Inverse of `dumps`."""
+        return cls(*map(tuple, json.loads(text)))
 
 
 def grouped_conv2d(x: Any, weight: Any, groups: int, shape: ConvShape) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tvm import te, tirx
 
-from codegen.kernels.conv import ConvShape
+from codegen.kernels.conv import GEOMETRY, ConvShape
 from codegen.kernels.dense import row_tile
 from codegen.target import Target
 
@@ -68,6 +68,7 @@ def depthwise(x: Any, weight: Any, shape: ConvShape) -> Any:
             source[b, i * sy + dy * ey, j * sx + dx * ex, c] * weight[dy, dx, c], axis=[dy, dx]
         ),
         name="depthwise",
+        attrs={GEOMETRY: shape.dumps()},
     )
 
 

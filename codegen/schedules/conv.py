@@ -1,4 +1,4 @@
-"""Convolutions: register tiles of output pixels x channels; depthwise along the output row."""
+"""Convolutions: register tiles of output pixels x channels."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 from codegen.kernels.dense import panel_width, row_tile
 from codegen.rule import Rule
 from codegen.schedules._common import Blocks, chunk_cost, extent, parallel_chunks, vector_split
+from codegen.schedules._depthwise import depthwise
 from codegen.schedules._elementwise import spread
 from codegen.target import Target
-
-# Columns of a depthwise tile: enough sums to hide the latency of a multiply-add.
-_COLUMNS = 8
 
 
 def apply(func: Any, target: Target) -> Any | None:
@@ -20,7 +18,7 @@ def apply(func: Any, target: Target) -> Any | None:
     if "conv" in blocks.names:
         return _general(blocks, target)
     if "depthwise" in blocks.names:
-        return _depthwise(blocks, target)
+        return depthwise(func, blocks, target)
     if "grouped_conv" in blocks.names:
         return _grouped(blocks, target)
     return None
@@ -45,28 +43,6 @@ def _general(blocks: Blocks, target: Target) -> Any:
     vector_split(sch, sch.get_loops(store)[-1], target.lanes)
     sch.unroll(column_in)
     sch.vectorize(lane)
-    sch.decompose_reduction(product, dy)
-    _pad(blocks, target)
-    return sch
-
-
-def _depthwise(blocks: Blocks, target: Target) -> Any:
-    """Tiles of columns x one vector of channels, whose weights stay in registers."""
-    sch, product = blocks.sch, blocks.named("depthwise")
-    store = _tail(blocks, "depthwise") or sch.cache_write(product, 0, "global")
-    batch, row, column, channel, dy, dx = sch.get_loops(product)
-    total, wide = extent(sch, channel), extent(sch, column)
-    width = next((w for w in (target.lanes, target.lanes // 2, 4) if total % w == 0), 1)
-    tile = max(t for t in range(1, _COLUMNS + 1) if wide % t == 0)
-    channel_out, lane = sch.split(channel, [None, width])
-    column_out, column_in = sch.split(column, [None, tile])
-    sch.reorder(batch, row, channel_out, column_out, dy, dx, column_in, lane)
-    parallel_chunks(sch, [batch, row], target)
-    sch.reverse_compute_at(store, column_out)
-    vector_split(sch, sch.get_loops(store)[-1], target.lanes)
-    sch.unroll(column_in)
-    if width > 1:
-        sch.vectorize(lane)
     sch.decompose_reduction(product, dy)
     _pad(blocks, target)
     return sch

@@ -1,10 +1,11 @@
 """Convolutions channels last: right results, and no transposes left where tokens meet them."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from tests.targets.lowering import check
+from tests.targets.lowering import check, lowered, run
 
 
 class _Tokens(nn.Module):
@@ -99,3 +100,45 @@ def test_channel_order_is_not_confused_with_square_sizes():
 
     torch.manual_seed(5)
     check(Square(), torch.randn(1, 8, 8, 8))
+
+
+_DEPTHWISE = [
+    # channels, (height, width), options of nn.Conv2d
+    (48, (9, 20), {"kernel_size": 3, "padding": 1}),
+    (21, (5, 37), {"kernel_size": (5, 3), "padding": (2, 1), "stride": (1, 2)}),
+    (64, (7, 7), {"kernel_size": 7, "padding": 3}),
+    (32, (11, 13), {"kernel_size": 3, "padding": 2, "dilation": 2, "stride": 2}),
+    (16, (4, 3), {"kernel_size": 3, "padding": 4, "dilation": (1, 2)}),  # sums of padding alone
+    (40, (6, 17), {"kernel_size": (1, 4), "padding": (0, 1), "stride": (2, 1)}),
+    (3, (12, 1), {"kernel_size": (3, 1)}),
+]
+
+
+@pytest.mark.parametrize(("channels", "size", "options"), _DEPTHWISE)
+def test_depthwise_with_what_is_fused_behind_it(channels, size, options):
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(channels, channels, groups=channels, **options)
+            self.scale = nn.Parameter(torch.randn(channels, 1, 1))
+
+        def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x) * self.scale
+            return torch.tanh(y) + nn.functional.gelu(y) * other.permute(0, 3, 1, 2)
+
+    module = Gated()
+    x = torch.randn(2, channels, *size)
+    other = torch.randn_like(module.conv(x).permute(0, 2, 3, 1).contiguous())
+    result = check(module, x, other)
+    rules = {k.name: k.scheduled_by for k in result.kernels}
+    assert [r for n, r in rules.items() if "depthwise" in n] == ["conv"], rules
+
+
+def test_padding_is_zero_also_beside_infinity():
+    conv = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+    x = torch.randn(1, 16, 6, 10)
+    x[:, :, 0, 0], x[:, :, 5, 9] = float("inf"), float("nan")
+    result = lowered(conv, (x,))
+    (got,) = run(result, (x,))
+    np.testing.assert_allclose(got, conv(x).detach().numpy(), atol=1e-5)
+    assert np.isfinite(got[0, 0]).sum() == 6 * 10 - 8
