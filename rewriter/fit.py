@@ -23,7 +23,7 @@ from rewriter.capture import Call, capture
 from rewriter.fidelity import Fidelity, Metric, compare, run_outputs
 from rewriter.fit_block import block_task
 from rewriter.fit_loop import Clock, Loop, Task
-from rewriter.fit_model import end_task, form_prefix, model_gap, teacher_of, trainable
+from rewriter.fit_model import end_task, form_prefix, model_gap, only, teacher_of, trainable
 from rewriter.fit_report import FitReport, Recipe, Revert, SiteFit, Stage
 from rewriter.fit_site import (
     choose_scale,
@@ -210,7 +210,8 @@ class _Run:
             # were measured to cost a factor of ten, one thread is never far behind.
             torch.set_num_threads(1)
         try:
-            stage = self.loop.run()
+            with only(self.rewritten.module, task.params):
+                stage = self.loop.run()
         finally:
             torch.set_num_threads(threads)
         touched = self.state.records.setdefault("touched", [])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,6 +132,25 @@ def with_rates(
     named = {n: p for n, p in rewritten.module.named_parameters() if p.requires_grad}
     params = {n: named[n] for n in rates if n in named and named[n].is_floating_point()}
     return params, {n: rates[n] for n in params}
+
+
+@contextlib.contextmanager
+def only(module: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Within the block no other parameter of `module` takes a gradient.
+
+    One nobody uses costs time: that of an embedding table is as large as the table.
+    """
+    kept = {id(p) for p in params.values()}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in kept]
+    if not any(p.requires_grad for p in params.values()):
+        others = []  # hashes alone are learned, and a loss must have some gradient
+    for param in others:
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in others:
+            param.requires_grad_(True)
 
 
 def form_names(rewritten: Rewritten) -> list[str]:

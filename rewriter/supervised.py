@@ -23,7 +23,7 @@ from passes.errors import FitError, UsageError
 from passes.substitute import Rewritten
 from rewriter.calibration import Batch, check_batches, input_names, set_aside
 from rewriter.fit_loop import Loop, Task, shuffled
-from rewriter.fit_model import form_names, with_rates
+from rewriter.fit_model import form_names, only, with_rates
 from rewriter.fit_report import Stage
 from rewriter.fit_state import FitState, StateFolder, fit_key
 from rewriter.refresh import Refresh
@@ -113,7 +113,7 @@ def fine_tune(
     state, save = _state(rewritten, state_dir, seed, rates, data, task, refresh)
     loop = Loop(task, state, lambda: save(loop), 8.0, progress)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), only(rewritten.module, task.params):
             stage: Stage = loop.run()
     except KeyboardInterrupt:
         save(loop)

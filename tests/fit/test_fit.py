@@ -12,6 +12,7 @@ from passes.site import SiteStatus
 from passes.substitute import Rewritten
 from rewriter.fidelity import fidelity
 from rewriter.fit import FitReport, Recipe, fit
+from rewriter.fit_model import only
 from tests.fit.models import batches, encoder, rewritten
 
 QUICK = Recipe(sequential_share=0.03, site_steps=30, block_steps=30, end_steps=30, save_every=1e9)
@@ -48,6 +49,18 @@ def test_fit_lowers_every_error_and_leaves_the_original_alone() -> None:
         assert torch.equal(value, before[name]), name
     again = FitReport.from_json(json.loads(json.dumps(report.to_json())))
     assert again == report
+
+
+def test_only_what_is_trained_takes_gradients() -> None:
+    made = rewritten()
+    module = made.module
+    some = dict(list(module.named_parameters())[:3])
+    with only(module, some):
+        assert {n for n, p in module.named_parameters() if p.requires_grad} == set(some)
+    assert all(p.requires_grad for p in module.parameters())
+    some["hash"] = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+    with only(module, {"hash": some["hash"]}):
+        assert all(p.requires_grad for p in module.parameters())
 
 
 def test_the_seed_decides() -> None:
