@@ -110,7 +110,7 @@ def few_rows(x: Any, words: Any, spec: CodeSpec) -> Any:
     rows, depth = (int(d) for d in x.shape)
     panels, groups, _ = (int(d) for d in words.shape)
     kind = "add" if rows == 1 else "fma"
-    source = x if groups * spec.per == depth else _padded(x, groups * spec.per)
+    source = x if groups * spec.per == depth else padded(x, groups * spec.per)
     g, i = te.reduce_axis((0, groups), name="g"), te.reduce_axis((0, spec.per), name="i")
 
     def value(r: Any, n: Any) -> Any:
@@ -124,7 +124,8 @@ def few_rows(x: Any, words: Any, spec: CodeSpec) -> Any:
     return te.compute((rows, panels * PANEL), value, name=name)
 
 
-def _padded(x: Any, depth: int) -> Any:
+def padded(x: Any, depth: int) -> Any:
+    """x [R, K] with zeros up to `depth` inputs."""
     rows, known = (int(d) for d in x.shape)
 
     def value(r: Any, k: Any) -> Any:

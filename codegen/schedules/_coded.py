@@ -4,8 +4,8 @@ The LLVM functions here hold what the codes stand for in registers and look it u
 which reads only the lowest 4 bits of an index (vpermt2ps: 5); one multiply-add follows. It also
 stands for ``add``, whose products are made by adding to an exponent: a product with a power of two
 is exact, so the sums are the same, but for products below the smallest normal number, which it
-keeps (two powers: and for the rounding of their sum). Binary codes look up a table of the signed
-sums of an input's parts.
+keeps (two powers: and for the rounding of their sum). Binary codes look up a table of signed sums:
+of the parts of an input, or of the alphas.
 """
 
 from __future__ import annotations
@@ -55,16 +55,19 @@ def step_name(kind: str, spec: CodeSpec) -> str:
 def step_code(kind: str, spec: CodeSpec, target: Target) -> str:
     """The LLVM function c + (x times the values of the lowest codes of 16 words).
 
-    Of binary codes (kind "binary") x are the parts of one input, <bits x float>.
+    Arguments are c, x, the parts whose signed sums binary codes stand for, and the words; of
+    "binary_add" the parts are those of an input, and there is no x.
     """
-    body = _Body(spec)
-    if kind == "binary":
-        total = body.line(f"fadd {_F} %c, {body.look_up([body.sums()], '%w')}")
+    body, binary = _Body(spec), kind.startswith("binary")
+    parts = [f"%p{r}" for r in range(spec.bits)] if binary else []
+    value = body.look_up([body.sums(parts)] if binary else body.weights(), "%w")
+    if kind == "binary_add":
+        total = body.line(f"fadd {_F} %c, {value}")
     else:
-        value, row = body.look_up(body.weights(), "%w"), body.spread("%x")
+        row = body.spread("%x")
         total = body.line(f"call {_F} @llvm.fma.v16f32({_F} {row}, {_F} {value}, {_F} %c)")
-    x = f"<{spec.bits} x float>" if kind == "binary" else "float"
-    head = f"define {_F} @{step_name(kind, spec)}({_F} %c, {x} %x, {_I} %w)"
+    floats = "".join(f", float {p}" for p in ([] if kind == "binary_add" else ["%x"]) + parts)
+    head = f"define {_F} @{step_name(kind, spec)}({_F} %c{floats}, {_I} %w)"
     return _module(head, body, total, target)
 
 
@@ -98,13 +101,18 @@ def instruction(kind: str, spec: CodeSpec, rows: int, panels: int, index: str) -
 
 
 def _arguments(kind: str, spec: CodeSpec, size: tuple[int, int], index: str) -> list[Any]:
-    """c, x, w: parts of larger tensors, so all strides but the last are left open."""
+    """c, x, the alphas of binary codes, if not in x, and w.
+
+    Parts of larger tensors, so all strides but the last are left open.
+    """
     rows, panels = size
     lead = (rows,) if rows > 1 else ()  # a schedule has no axis for one row
-    inputs = (spec.per, spec.bits) if kind == "binary" else (spec.per,)
+    parts = (spec.per, spec.bits)
+    inputs = parts if kind == "binary_add" else parts[:1]
     shapes = {
         "c": ((*lead, panels * PANEL), "float32"),
         "x": ((*lead, *inputs), "float32"),
+        **({"a": (parts, "float32")} if kind == "binary_fma" else {}),
         "w": ((panels, 1, PANEL), "int32"),
     }
     return [
@@ -120,32 +128,35 @@ def _strides(name: str, shape: tuple[int, ...], index: str) -> list[Any]:
     ]
 
 
-def _regions(c: Any, x: Any, w: Any) -> list[Any]:
-    return [b[tuple(slice(0, int(n)) for n in b.shape)] for b in (c, x, w)]
+def _regions(buffers: list[Any]) -> list[Any]:
+    return [b[tuple(slice(0, int(n)) for n in b.shape)] for b in buffers]
 
 
 def _described(kind: str, spec: CodeSpec, size: tuple[int, int], index: str) -> Any:
-    extents = (*size[:1], size[1] * PANEL, spec.per)[0 if size[0] > 1 else 1 :]
+    rows, panels = size
+    extents = (*([rows] if rows > 1 else []), panels * PANEL, spec.per)
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name("main")
-        c, x, w = _arguments(kind, spec, size, index)
+        c, x, *alpha, w = buffers = _arguments(kind, spec, size, index)
         with T.sblock("root"):
-            regions = _regions(c, x, w)
+            regions = _regions(buffers)
             T.reads(regions)
             T.writes(regions[:1])
             grid = T.grid(*(tirx.const(n, index) for n in extents))
             with grid as loops, T.sblock("update"):
                 *vr, vn, vi = T.axis.remap("SSR"[-len(extents) :], list(loops))
                 code = code_of(spec, w[vn // PANEL, 0, vn % PANEL], vi)
-                made = _made(kind, spec, lambda *k: x[(*vr, *k)], vi, code)
+                made = _made(kind, spec, lambda *k: x[(*vr, *k)], *alpha, i=vi, code=code)
                 T.buffer_store(c, c[(*vr, vn)] + made, [*vr, vn])
     return ib.get()
 
 
-def _made(kind: str, spec: CodeSpec, x: Any, i: Any, code: Any) -> Any:
+def _made(kind: str, spec: CodeSpec, x: Any, alpha: Any = None, *, i: Any, code: Any) -> Any:
     """What one code adds to the sum."""
-    if kind == "binary":
+    if kind == "binary_add":
         return signed_sum(spec, lambda r: x(i, r), code)
+    if kind == "binary_fma":
+        return x(i) * signed_sum(spec, lambda r: alpha[i, r], code)
     return product_of(spec, x(i), code) if kind == "add" else x(i) * weight_of(spec, code)
 
 
@@ -153,32 +164,35 @@ def _called(kind: str, spec: CodeSpec, size: tuple[int, int], index: str) -> Any
     rows, vectors = size[0], size[1] * PANEL // LANES
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name("main")
-        c, x, w = _arguments(kind, spec, size, index)
+        buffers = _arguments(kind, spec, size, index)
         with T.sblock("root"):
-            regions = _regions(c, x, w)
+            regions = _regions(buffers)
             T.reads(regions)
             T.writes(regions[:1])
             # Sums next to each other do not wait for each other.
             for i in range(spec.per):
                 for v in range(vectors):
                     for r in range(rows):
-                        _step(kind, spec, (c, x, w), (r, v, i))
+                        _step(kind, spec, buffers, (r, v, i))
     return ib.get()
 
 
 def _step(kind: str, spec: CodeSpec, buffers: Any, at: tuple[int, int, int]) -> None:
     """c of row r and vector v += code i of its words times its input."""
-    (c, x, w), (row, v, i) = buffers, at
+    (c, x, *alpha, w), (row, v, i) = buffers, at
     r = [row] if len(c.shape) > 1 else []
     panel, first = divmod(v * LANES, PANEL)
     word = w.vload([panel, 0, first], f"int32x{LANES}")
     shift = tirx.Broadcast(tirx.const(i * spec.bits, "int32"), LANES)
-    given = x.vload([*r, i, 0], f"float32x{spec.bits}") if kind == "binary" else x[(*r, i)]
+    if kind == "binary_add":
+        given = [x[(*r, i, part)] for part in range(spec.bits)]
+    else:
+        given = [x[(*r, i)], *(a[i, part] for a in alpha for part in range(spec.bits))]
     done = tirx.call_pure_extern(
         f"float32x{LANES}",
         step_name(kind, spec),
         c.vload([*r, v * LANES], f"float32x{LANES}"),
-        given,
+        *given,
         word >> shift if i else word,
     )
     T.buffer_store(c, done, [*r, tirx.Ramp(v * LANES, 1, LANES)])
@@ -217,14 +231,13 @@ class _Body:
         low, high = tables
         return self.line(f"call {_F} {_TWO_TABLES}({_F} {low}, {_I} {index}, {_F} {high})")
 
-    def sums(self) -> str:
-        """The table of signed sums of the parts of one input."""
+    def sums(self, parts: list[str]) -> str:
+        """The table of signed sums of some floats."""
         total = ""
-        for r in range(self.spec.bits):
-            one = self.line(f"extractelement <{self.spec.bits} x float> %x, i32 {r}")
-            part = self.line(f"bitcast {_F} {self.spread(one)} to {_I}")
-            sign = [0 if c >> r & 1 else -(2**31) for c in range(LANES)]
-            turned = self.line(f"xor {_I} {part}, {_ints(sign)}")
+        for r, part in enumerate(parts):
+            bits = self.line(f"bitcast {_F} {self.spread(part)} to {_I}")
+            sign = _vector("i32", [str(0 if c >> r & 1 else -(2**31)) for c in range(LANES)])
+            turned = self.line(f"xor {_I} {bits}, {sign}")
             signed = self.line(f"bitcast {_I} {turned} to {_F}")
             total = self.line(f"fadd {_F} {total}, {signed}") if total else signed
         return total
@@ -232,10 +245,6 @@ class _Body:
 
 def _vector(kind: str, values: list[str]) -> str:
     return "<" + ", ".join(f"{kind} {v}" for v in values) + ">"
-
-
-def _ints(values: list[int]) -> str:
-    return _vector("i32", [str(v) for v in values])
 
 
 def _float(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from codegen.kernels.binary import WEIGHT
 from codegen.rule import Rule
 from codegen.schedules._coded import has_tables, instruction, step_code
 from codegen.schedules._common import Blocks, extent, fuse_all, parallel_chunks
@@ -13,8 +14,8 @@ from codegen.schedules.dense import store_block, store_vectors
 from codegen.target import Target
 from passes.linear_forms._codes import PANEL, CodeSpec
 
-_NAME = re.compile(r"(?:coded|binary)_(add|fma)_b(\d)t(\d)$")
-_REGISTERS = 24  # of 32, for sums
+_NAME = re.compile(r"(coded|binary)_(add|fma)_b(\d)t(\d)$")
+_REGISTERS = {"coded": 24, "binary": 16}  # of 32, for sums; tables of binary codes need some
 
 
 def apply(func: Any, target: Target) -> Any | None:
@@ -23,16 +24,18 @@ def apply(func: Any, target: Target) -> Any | None:
     found = next((m for m in map(_NAME.match, blocks.names) if m), None)
     if found is None:
         return None
-    kind, spec = found[1], CodeSpec(int(found[2]), int(found[3]))
-    kind = "binary" if found[0].startswith("binary") else kind
+    spec = CodeSpec(int(found[3]), int(found[4]))
+    kind = found[2] if found[1] == "coded" else f"binary_{found[2]}"
     sch, product = blocks.sch, blocks.named(found[0])
+    if WEIGHT in blocks.names:
+        sch.compute_inline(blocks.named(WEIGHT))
     store = store_block(blocks, found[0])
     rows, columns, group, inner = sch.get_loops(product)
-    together = _together(sch, rows, columns, target)
+    together = _together(sch, rows, columns, _REGISTERS[found[1]], target)
     chunk, panel = sch.split(columns, [None, PANEL * together])
     sch.reorder(chunk, group, rows, panel, inner)
     _, last = parallel_chunks(sch, [chunk], target)
-    for name in ("coded_x", "binary_x"):
+    for name in ("coded_x", "binary_x", "binary_alpha"):
         if name in blocks.names:
             _vectors(sch, blocks.named(name))
     sch.reverse_compute_at(store, last)
@@ -61,14 +64,14 @@ def apply(func: Any, target: Target) -> Any | None:
 
 def _vectors(sch: Any, block: Any) -> None:
     """What is made of the inputs once, before the product."""
-    last = fuse_all(sch, sch.get_loops(block)[1:])
+    last = fuse_all(sch, sch.get_loops(block))
     sch.vectorize(sch.split(last, [None, 4])[1])
 
 
-def _together(sch: Any, rows: Any, columns: Any, target: Target) -> int:
+def _together(sch: Any, rows: Any, columns: Any, registers: int, target: Target) -> int:
     """Panels summed side by side: they share what is made for an input."""
     panels, vectors = extent(sch, columns) // PANEL, PANEL // target.lanes
-    most = max(1, min(4, _REGISTERS // (extent(sch, rows) * vectors)))
+    most = max(1, min(4, registers // (extent(sch, rows) * vectors)))
     return max(n for n in range(1, most + 1) if panels % n == 0)
 
 

@@ -10,7 +10,6 @@ from passes.linear_forms._codes import PANEL, CodeSpec
 from passes.opcount import OpCount
 
 FEW = 8  # rows up to which the kernels do not expand the weights into memory
-SIGNED = 4  # rows up to which binary codes are summed under signs
 
 
 def coded_ops(codes: CodeSpec, spec: LinearSpec, rows: int) -> OpCount:
@@ -46,17 +45,17 @@ def _bits(codes: CodeSpec, *, selects: int, adds: int) -> OpCount:
 def binary_ops(codes: CodeSpec, spec: LinearSpec, rows: int) -> OpCount:
     """Operations and bytes of one product with binary codes (codegen/kernels/binary.py).
 
-    A few rows: the inputs are multiplied by the alphas once, products are sums under signs. More:
-    the weights are made once and multiplied.
+    One row: the inputs are multiplied by the alphas once, products are sums under signs. More: the
+    weights are made once and multiplied.
     """
     panels, groups, bits = -(-spec.outputs // PANEL), -(-spec.inputs // codes.per), codes.bits
     padded = groups * codes.per
     signed = OpCount.of("uint32", shift=3 * bits - 1, xor=bits) + OpCount.of(add=bits - 1)
-    if rows <= SIGNED:
-        few = rows * panels * PANEL * padded
-        products = signed * few + OpCount.of(add=few) + OpCount.of(mul=rows * padded * bits)
+    if rows == 1:
+        few = panels * PANEL * padded
+        products = signed * few + OpCount.of(add=few) + OpCount.of(mul=padded * bits)
     else:
-        many = panels * PANEL * spec.inputs
+        many = panels * PANEL * (padded if rows <= FEW else spec.inputs)
         products = signed * many + OpCount.of(mul=many, add=many) * rows
     out = rows * spec.outputs
     vectors = spec.outputs * (2 if spec.bias else 1) + spec.inputs * bits
