@@ -7,6 +7,7 @@ of either) is taken as it is, so between tokens and convolutions no transpose is
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -226,19 +227,22 @@ class _ChannelsLast(PyExprMutator):  # type: ignore[misc]
     def _direct(self, x: Any, weight: Any, shape: ConvShape, groups: int) -> Any:
         kernel = tuple(int(n) for n in weight.shape[2:])
         if groups > 1:
+            image = self._image(x)
             taps = relax.const(np.ascontiguousarray(weight[:, 0].transpose(1, 2, 0)))
-            return self._te(lambda a, w: conv_last.depthwise(a, w, shape), x, taps, "depthwise")
+            return self._te(lambda a, w: conv_last.depthwise(a, w, shape), image, taps, "depthwise")
         if kernel == shape.stride and not any(shape.padding) and shape.dilation == (1, 1):
             return self._patches(x, weight)
         packed = relax.const(conv_last.pack_conv(weight, dense.panel_width(self.target)))
         channels = int(weight.shape[0])
-        return self._te(
-            lambda a, w: conv_last.conv2d(a, w, channels, shape, self.target), x, packed, "conv2d"
-        )
+        if self._last(x) is None and x.ty.ndim == 4:
+            shape = replace(shape, first=True)
+        else:
+            x = self._image(x)
+        return self._te(lambda a, w: conv_last.conv2d(a, w, channels, shape), x, packed, "conv2d")
 
     def _te(self, define: Any, x: Any, weight: Any, name: str) -> Any:
         result = self.builder_.emit_te(
-            define, self._image(x), weight, primfunc_name_hint=name, primfunc_attrs=_FUSABLE
+            define, x, weight, primfunc_name_hint=name, primfunc_attrs=_FUSABLE
         )
         self.made.add(result)
         return result

@@ -7,7 +7,7 @@ grouped ones channels last (codegen/kernels/conv_last.py).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tvm import te, tirx
@@ -18,11 +18,15 @@ GEOMETRY = "rewriter.conv"
 
 @dataclass(frozen=True)
 class ConvShape:
-    """Strides, zero padding (top, left, bottom, right) and dilation of a 2-D convolution."""
+    """Strides, zero padding (top, left, bottom, right) and dilation of a 2-D convolution.
+
+    `first`: the image is [N, C, H, W] though the result is channels last.
+    """
 
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     dilation: tuple[int, int] = (1, 1)
+    first: bool = False
 
     def output(self, height: int, width: int, kh: int, kw: int) -> tuple[int, int]:
         """Height and width of the result."""
@@ -33,12 +37,14 @@ class ConvShape:
 
     def dumps(self) -> str:
         """As JSON, for the attribute `GEOMETRY` of a block."""
-        return json.dumps([self.stride, self.padding, self.dilation])
+        return json.dumps(asdict(self))
 
     @classmethod
     def loads(cls, text: str) -> ConvShape:
         """Inverse of `dumps`."""
-        return cls(*map(tuple, json.loads(text)))
+        known = json.loads(text)
+        stride, padding, dilation = (tuple(known[k]) for k in ("stride", "padding", "dilation"))
+        return cls(stride, padding, dilation, bool(known["first"]))
 
 
 def grouped_conv2d(x: Any, weight: Any, groups: int, shape: ConvShape) -> Any:
@@ -49,7 +55,7 @@ def grouped_conv2d(x: Any, weight: Any, groups: int, shape: ConvShape) -> Any:
     n, _, height, width = (int(d) for d in x.shape)
     out, inner, kh, kw = (int(d) for d in weight.shape)
     high, wide = shape.output(height, width, kh, kw)
-    source, per_group = _padded(x, shape), out // groups
+    source, per_group = padded(x, shape), out // groups
     c = te.reduce_axis((0, inner), name="c")
     dy, dx = te.reduce_axis((0, kh), name="dy"), te.reduce_axis((0, kw), name="dx")
     (sy, sx), (ey, ex) = shape.stride, shape.dilation
@@ -64,7 +70,8 @@ def grouped_conv2d(x: Any, weight: Any, groups: int, shape: ConvShape) -> Any:
     )
 
 
-def _padded(x: Any, shape: ConvShape) -> Any:
+def padded(x: Any, shape: ConvShape) -> Any:
+    """x [N, C, H, W] in the zeros around it (block ``conv_pad``); x itself without padding."""
     top, left, bottom, right = shape.padding
     if not any(shape.padding):
         return x

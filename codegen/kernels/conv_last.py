@@ -1,7 +1,6 @@
 """Convolutions with the channels last: [N, H, W, C], so every access runs along channels.
 
-Block names: ``conv_pad`` (zero padding), ``conv`` (sums in tiles of output columns x channels),
-``depthwise``, ``conv_out`` (drops the padding of the tiles).
+Block names: ``conv_pad`` (zero padding), ``conv`` and ``depthwise`` (the sums).
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tvm import te, tirx
 
-from codegen.kernels.conv import GEOMETRY, ConvShape
-from codegen.kernels.dense import row_tile
-from codegen.target import Target
+from codegen.kernels.conv import GEOMETRY, ConvShape, padded
 
 
 def pack_conv(weight: NDArray[Any], width: int) -> NDArray[Any]:
@@ -27,31 +24,28 @@ def pack_conv(weight: NDArray[Any], width: int) -> NDArray[Any]:
     return np.ascontiguousarray(split.transpose(0, 3, 4, 2, 1))
 
 
-def conv2d(x: Any, packed: Any, channels: int, shape: ConvShape, target: Target) -> Any:
-    """x [N, H, W, I] with packed weights -> [N, OH, OW, channels]."""
-    n, height, width, inner = (int(d) for d in x.shape)
-    panels, kh, kw, _, nt = (int(d) for d in packed.shape)
+def conv2d(x: Any, packed: Any, channels: int, shape: ConvShape) -> Any:
+    """x [N, H, W, I] (`shape.first`: [N, I, H, W]), packed weights -> [N, OH, OW, channels]."""
+    n, kh, kw, inner, nt = int(x.shape[0]), *(int(d) for d in packed.shape[1:])
+    height, width = (int(d) for d in (x.shape[2:4] if shape.first else x.shape[1:3]))
     high, wide = shape.output(height, width, kh, kw)
-    tile, source = row_tile(wide, target), _padded(x, shape)
+    source = padded(x, shape) if shape.first else _padded(x, shape)
     dy, dx = te.reduce_axis((0, kh), name="dy"), te.reduce_axis((0, kw), name="dx")
     c = te.reduce_axis((0, inner), name="c")
     (sy, sx), (ey, ex) = shape.stride, shape.dilation
 
-    def column(j: Any) -> Any:
-        return tirx.min(j, wide - 1) if wide % tile else j
+    def image(b: Any, i: Any, j: Any, c: Any) -> Any:
+        return source[b, c, i, j] if shape.first else source[b, i, j, c]
 
-    product = te.compute(
-        (n, high, -(-wide // tile) * tile, panels * nt),
+    return te.compute(
+        (n, high, wide, channels),
         lambda b, i, j, o: te.sum(
-            source[b, i * sy + dy * ey, column(j) * sx + dx * ex, c]
-            * packed[o // nt, dy, dx, c, o % nt],
+            image(b, i * sy + dy * ey, j * sx + dx * ex, c) * packed[o // nt, dy, dx, c, o % nt],
             axis=[dy, dx, c],
         ),
         name="conv",
+        attrs={GEOMETRY: shape.dumps()},
     )
-    if wide % tile == 0 and channels == panels * nt:
-        return product
-    return te.compute((n, high, wide, channels), lambda *i: product(*i), name="conv_out")
 
 
 def depthwise(x: Any, weight: Any, shape: ConvShape) -> Any:

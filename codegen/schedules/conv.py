@@ -1,51 +1,51 @@
-"""Convolutions: register tiles of output pixels x channels."""
+"""Convolutions: one written for each kind channels last, a schedule for grouped ones."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from codegen.kernels.dense import panel_width, row_tile
+import tvm.s_tir
+
+from codegen.kernels.conv import GEOMETRY, ConvShape
+from codegen.kernels.tiles import build
 from codegen.rule import Rule
-from codegen.schedules._common import Blocks, chunk_cost, extent, parallel_chunks, vector_split
-from codegen.schedules._depthwise import depthwise
+from codegen.schedules._common import Blocks, parallel_chunks, vector_split
+from codegen.schedules._conv2d import Conv2d
+from codegen.schedules._depthwise import Depthwise
 from codegen.schedules._elementwise import spread
+from codegen.schedules._tail import Tail, plain, position
 from codegen.target import Target
 
 
 def apply(func: Any, target: Target) -> Any | None:
     """Takes functions with one of the blocks below and what was fused behind it."""
     blocks = Blocks(func)
-    if "conv" in blocks.names:
-        return _general(blocks, target)
-    if "depthwise" in blocks.names:
-        return depthwise(func, blocks, target)
     if "grouped_conv" in blocks.names:
         return _grouped(blocks, target)
+    for name, kernel in (("conv", Conv2d), ("depthwise", Depthwise)):
+        if name in blocks.names:
+            return _written(func, blocks, name, kernel, target)
     return None
 
 
-def _general(blocks: Blocks, target: Target) -> Any:
-    """Tiles of columns x panel of channels; parallel over rows or panels."""
-    sch, product = blocks.sch, blocks.named("conv")
-    store = _tail(blocks, "conv") or sch.cache_write(product, 0, "global")
-    wide = extent(sch, sch.get_loops(store)[2])
-    batch, row, column, out, dy, dx, c = sch.get_loops(product)
-    column_out, column_in = sch.split(column, [None, row_tile(wide, target)])
-    panel, lane = sch.split(out, [None, panel_width(target)])
-    sch.reorder(batch, row, panel, column_out, dy, dx, c, column_in, lane)
-    by_rows = chunk_cost([extent(sch, batch), extent(sch, row)], target)
-    if chunk_cost([extent(sch, panel)], target) < by_rows:
-        sch.reorder(panel, batch, row)
-        parallel_chunks(sch, [panel], target)
-    else:
-        parallel_chunks(sch, [batch, row], target)
-    sch.reverse_compute_at(store, column_out)
-    vector_split(sch, sch.get_loops(store)[-1], target.lanes)
-    sch.unroll(column_in)
-    sch.vectorize(lane)
-    sch.decompose_reduction(product, dy)
-    _pad(blocks, target)
-    return sch
+def _written(func: Any, blocks: Blocks, name: str, kernel: Any, target: Target) -> Any:
+    """The kernel of `func` written anew: its block `name` and what was fused behind it."""
+    sch, after = blocks.sch, blocks.after(name)
+    for block in after[:-1]:
+        sch.compute_inline(block)
+    product = sch.get(blocks.named(name))
+    shape = ConvShape.loads(str(product.annotations[GEOMETRY]))
+    image, weight = (r.source for r in product.reads)
+    if "conv_pad" in blocks.names:
+        image = sch.get(blocks.named("conv_pad")).reads[0].source
+    params, result = blocks.params, product.writes[0].source
+    x, w = position(image, params), position(weight, params)
+
+    def body(*args: Any) -> None:
+        tail = Tail(sch.get(after[-1]), result, params, list(args)) if after else plain
+        kernel(shape, target, args[x], args[w], args[-1]).write(tail)
+
+    return tvm.s_tir.Schedule(build(func, body))
 
 
 def _grouped(blocks: Blocks, target: Target) -> Any:

@@ -102,6 +102,36 @@ def test_channel_order_is_not_confused_with_square_sizes():
     check(Square(), torch.randn(1, 8, 8, 8))
 
 
+_CONVOLUTIONS = [
+    # channels in and out, (height, width), options of nn.Conv2d
+    (3, 40, (23, 30), {"kernel_size": 7, "padding": 3, "stride": 4}),
+    (16, 32, (9, 26), {"kernel_size": 3, "padding": 1}),
+    (21, 50, (8, 17), {"kernel_size": (5, 3), "padding": (1, 2), "stride": 2}),
+    (8, 7, (12, 12), {"kernel_size": 3, "padding": 2, "dilation": (1, 2)}),
+    (5, 100, (6, 3), {"kernel_size": (2, 3), "padding": (3, 0)}),
+    (4, 16, (7, 40), {"kernel_size": (1, 9)}),
+]
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize(("inner", "out", "size", "options"), _CONVOLUTIONS)
+def test_convolution_with_what_is_fused_behind_it(inner, out, size, options, tokens):
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(inner, out, **options)
+
+        def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            y = torch.relu(self.conv(x.permute(0, 3, 1, 2) if tokens else x))
+            return y.permute(0, 2, 3, 1) + other
+
+    module = Residual()
+    x = torch.randn(2, inner, *size)
+    other = torch.randn_like(module.conv(x).permute(0, 2, 3, 1).contiguous())
+    result = check(module, x.permute(0, 2, 3, 1).contiguous() if tokens else x, other)
+    assert [k.scheduled_by for k in result.kernels] == ["conv"], result.kernels
+
+
 _DEPTHWISE = [
     # channels, (height, width), options of nn.Conv2d
     (48, (9, 20), {"kernel_size": 3, "padding": 1}),
