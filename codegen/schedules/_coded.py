@@ -25,6 +25,7 @@ from codegen.target import Target
 from passes.linear_forms._codes import PANEL, CodeSpec
 
 LANES = 16
+AHEAD = 2048  # bytes of a panel's words: 16 steps
 _F, _I = "<16 x float>", "<16 x i32>"
 _ONE_TABLE = "@llvm.x86.avx512.permvar.sf.512"
 _TWO_TABLES = "@llvm.x86.avx512.vpermi2var.ps.512"
@@ -52,8 +53,12 @@ def step_name(kind: str, spec: CodeSpec) -> str:
     return f"rewriter_coded_{kind}_{spec.key}"
 
 
+def _fetch_name(kind: str, spec: CodeSpec) -> str:
+    return f"{step_name(kind, spec)}_fetch"
+
+
 def step_code(kind: str, spec: CodeSpec, target: Target) -> str:
-    """The LLVM function c + (x times the values of the lowest codes of 16 words).
+    """The LLVM function c + (x times the values of the lowest codes of 16 words), and `_fetch`'s.
 
     Arguments are c, x, the parts whose signed sums binary codes stand for, and the words; of
     "binary_add" the parts are those of an input, and there is no x.
@@ -68,7 +73,14 @@ def step_code(kind: str, spec: CodeSpec, target: Target) -> str:
         total = body.line(f"call {_F} @llvm.fma.v16f32({_F} {row}, {_F} {value}, {_F} %c)")
     floats = "".join(f", float {p}" for p in ([] if kind == "binary_add" else ["%x"]) + parts)
     head = f"define {_F} @{step_name(kind, spec)}({_F} %c{floats}, {_I} %w)"
-    return _module(head, body, total, target)
+    return f"""{_module(head, body, total, target)}
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+define void @{_fetch_name(kind, spec)}(ptr %w) #0 {{
+  %later = getelementptr i8, ptr %w, i64 {AHEAD}
+  call void @llvm.prefetch.p0(ptr %later, i32 0, i32 3, i32 1)
+  ret void
+}}
+"""
 
 
 def _module(head: str, body: _Body, result: str, target: Target) -> str:
@@ -81,7 +93,7 @@ declare {_F} {_TWO_TABLES}({_F}, {_I}, {_F})
 {body.text()}
   ret {_F} {result}
 }}
-attributes #0 = {{ alwaysinline nounwind memory(none) "target-cpu"="{target.tvm["mcpu"]}" \
+attributes #0 = {{ alwaysinline nounwind "target-cpu"="{target.tvm["mcpu"]}" \
 "target-features"="{mattr}" }}
 """
 
@@ -169,12 +181,21 @@ def _called(kind: str, spec: CodeSpec, size: tuple[int, int], index: str) -> Any
             regions = _regions(buffers)
             T.reads(regions)
             T.writes(regions[:1])
+            _fetch(kind, spec, buffers[-1])
             # Sums next to each other do not wait for each other.
             for i in range(spec.per):
                 for v in range(vectors):
                     for r in range(rows):
                         _step(kind, spec, buffers, (r, v, i))
     return ib.get()
+
+
+def _fetch(kind: str, spec: CodeSpec, w: Any) -> None:
+    """Ask for the words of a later step, a line of the cache at a time."""
+    for panel in range(int(w.shape[0])):
+        for first in range(0, PANEL, LANES):
+            place = tirx.address_of(w[panel, 0, first])
+            T.evaluate(tirx.call_extern("void", _fetch_name(kind, spec), place))
 
 
 def _step(kind: str, spec: CodeSpec, buffers: Any, at: tuple[int, int, int]) -> None:
