@@ -26,6 +26,7 @@ from passes.linear_forms._codes import PANEL, CodeSpec
 
 LANES = 16
 AHEAD = 2048  # bytes of a panel's words: 16 steps
+FETCHING = 2  # rows up to which memory is slower than the multiply-adds
 _F, _I = "<16 x float>", "<16 x i32>"
 _ONE_TABLE = "@llvm.x86.avx512.permvar.sf.512"
 _TWO_TABLES = "@llvm.x86.avx512.vpermi2var.ps.512"
@@ -181,7 +182,8 @@ def _called(kind: str, spec: CodeSpec, size: tuple[int, int], index: str) -> Any
             regions = _regions(buffers)
             T.reads(regions)
             T.writes(regions[:1])
-            _fetch(kind, spec, buffers[-1])
+            if rows <= FETCHING:
+                _fetch(kind, spec, buffers[-1])
             # Sums next to each other do not wait for each other.
             for i in range(spec.per):
                 for v in range(vectors):
