@@ -13,13 +13,14 @@ from typing import Any
 
 from tvm import te, tirx
 
-from codegen.kernels.coded import code_of, made_product, padded, u32
+from codegen.kernels.coded import code_of, has_tables, made_product, padded, u32
 from codegen.kernels.dense import dense_made, panel_width
 from codegen.target import Target
 from passes.linear_forms._coded_ops import FEW
 from passes.linear_forms._codes import PANEL, CodeSpec
 
 WEIGHT = "binary_weight"
+_FEW_MADE = 4  # as FEW, where weights are made by their bits: 8 rows take thrice a panel's time
 
 
 def signed_sum(spec: CodeSpec, part: Any, code: Any) -> Any:
@@ -40,7 +41,7 @@ def binary(
     columns, lead = int(scale.shape[0]), [int(d) for d in x.shape[:-1]]
     if target.kind == "gpu":
         total = made_product(x, lambda k, n: _weight(words, alpha, spec, k, n), columns)
-    elif len(lead) == 1 and lead[0] <= FEW:
+    elif len(lead) == 1 and lead[0] <= (FEW if has_tables(target) else _FEW_MADE):
         total = (_one if lead[0] == 1 else _few)(x, words, alpha, spec)
     else:
         total = _many(x, words, alpha, spec, columns, target)

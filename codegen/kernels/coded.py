@@ -25,6 +25,12 @@ from passes.linear_forms._coded_ops import FEW
 from passes.linear_forms._codes import PANEL, CodeSpec
 
 NAN = 0x7FC00000
+LANES = 16  # of a vector whose codes are looked up in registers
+
+
+def has_tables(target: Target) -> bool:
+    """Whether the target looks codes up in registers (codegen/schedules/_coded.py)."""
+    return target.lanes == LANES and "avx512f" in target.features
 
 
 def u32(value: int) -> Any:

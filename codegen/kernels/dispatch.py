@@ -17,11 +17,11 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from codegen.kernels.coded import code_of, weight_of
+from codegen.kernels.coded import LANES, code_of, has_tables, weight_of
 from codegen.kernels.dense import panel_width
 from codegen.kernels.tiles import fill, reduce_row, scratch, tile
 from codegen.kernels.vector_math import f32, vexp_nonpositive
-from codegen.schedules._coded import LANES, has_tables, values_code, values_name
+from codegen.schedules._coded import values_code, values_name
 from codegen.schedules._dot import IMPORT
 from codegen.target import Target
 from passes.linear_forms._codes import PANEL, CodeSpec

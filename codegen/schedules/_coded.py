@@ -20,21 +20,15 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels.binary import signed_sum
-from codegen.kernels.coded import code_of, product_of, weight_of
+from codegen.kernels.coded import LANES, code_of, product_of, weight_of
 from codegen.target import Target
 from passes.linear_forms._codes import PANEL, CodeSpec
 
-LANES = 16
 AHEAD = 2048  # bytes of a panel's words: 16 steps
 FETCHING = 2  # rows up to which memory is slower than the multiply-adds
 _F, _I = "<16 x float>", "<16 x i32>"
 _ONE_TABLE = "@llvm.x86.avx512.permvar.sf.512"
 _TWO_TABLES = "@llvm.x86.avx512.vpermi2var.ps.512"
-
-
-def has_tables(target: Target) -> bool:
-    """Whether the target looks codes up in registers."""
-    return target.lanes == LANES and "avx512f" in target.features
 
 
 def values_name(spec: CodeSpec) -> str:

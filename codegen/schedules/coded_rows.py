@@ -6,8 +6,9 @@ import re
 from typing import Any
 
 from codegen.kernels.binary import WEIGHT
+from codegen.kernels.coded import has_tables
 from codegen.rule import Rule
-from codegen.schedules._coded import has_tables, instruction, step_code
+from codegen.schedules._coded import instruction, step_code
 from codegen.schedules._common import Blocks, extent, fuse_all, parallel_chunks
 from codegen.schedules._dot import IMPORT
 from codegen.schedules.dense import store_block, store_vectors
