@@ -38,7 +38,7 @@ def one_thread() -> None:
 def test_it_learns_what_the_labels_say(form: str) -> None:
     made = rewritten(form=form)
     done = train(
-        made, labelled(30, 1), loss, seconds=60, rates=Rates(weights=3e-3, steps=250),
+        made, labelled(30, 1), loss, seconds=600, rates=Rates(weights=3e-3, steps=250),
         validation=labelled(4, 2),
     )  # fmt: skip
     assert 225 <= done.steps <= 250  # five looks without a better state end it, from 90 % on
@@ -56,7 +56,7 @@ def only_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def test_weights_at_rate_zero_stay(tmp_path: Path) -> None:
     made = rewritten(form="hedgehog")
     before = {n: p.detach().clone() for n, p in made.module.named_parameters()}
-    train(made, labelled(8, 1), loss, seconds=30, rates=Rates(forms=0.1, weights=0, steps=60))
+    train(made, labelled(8, 1), loss, seconds=300, rates=Rates(forms=0.1, weights=0, steps=60))
     moved = {n for n, p in made.module.named_parameters() if not torch.equal(p, before[n])}
     assert moved
     assert all(".params." in n for n in moved)
@@ -121,7 +121,7 @@ def test_wrong_budgets_and_data() -> None:
 def test_the_door_measures_the_fidelity_anew() -> None:
     traced, found = find_sites(encoder(), batches(1, 99)[0])
     result = apply_plan(traced, found, make_plan(found, form="elu"), "tiny", batches(2, 5))
-    fine_tune(result, labelled(8, 1), loss, seconds=30, rates=Rates(weights=5e-3, steps=60))
+    fine_tune(result, labelled(8, 1), loss, seconds=300, rates=Rates(weights=5e-3, steps=60))
     assert result.tuned is not None
     assert result.report.fidelity is not None
     assert result.report.fidelity["cosine_mean"] < 0.9999

@@ -67,7 +67,7 @@ def test_a_learned_hash_is_not_thrown_away_at_the_start() -> None:
 def test_without_a_refresh_hashes_stay() -> None:
     made = rewritten(form="hamming")
     before = hashes(made)
-    fine_tune(made, labelled(3, 1), loss, seconds=30, rates=Rates(steps=8))
+    fine_tune(made, labelled(3, 1), loss, seconds=300, rates=Rates(steps=8))
     assert all(torch.equal(p, before[n]) for n, p in hashes(made).items())
 
 
