@@ -83,7 +83,9 @@ def _compiled(report: RewriteReport) -> str:
 
 def _alike(report: RewriteReport) -> str:
     if not report.approximate:
-        return "No site is approximated." if report.sites else ""
+        # Linear layers may be: their note says so, and the fidelity what it did.
+        known = f"; {fidelity_text(report.fidelity)}" if report.fidelity else ""
+        return f"No attention site is approximated{known}." if report.sites else ""
     return f"{len(report.approximate)} site(s) are approximate: {fidelity_text(report.fidelity)}."
 
 

@@ -1,4 +1,4 @@
-"""A small vision transformer for 28 x 28 digits: 49 patches, four blocks, 150 k parameters."""
+"""A small vision transformer for 28 x 28 digits: 49 patches, four blocks, 140 k parameters."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def minilm(facts: Row) -> str:
         f"Mean cosine of held-out sentence embeddings with the original's: {facts['before']:.3f} "
         f"before, {facts['fitted']:.3f} after a fit without labels of "
         f"{facts['fit_seconds'] / 60:.0f} minutes on {facts['threads']} threads, "
-        f"{facts['tuned']:.3f} after {facts['tune_seconds'] / 60:.0f} more minutes "
+        f"{facts['tuned']:.3f} after another {facts['tune_seconds']:.0f} seconds "
         f"({facts['tune_steps']} steps) of fine-tuning towards the original's outputs on "
         f"{facts['texts']} unlabelled texts, hashes learned again every {facts['epoch']} steps. "
         f"The machine was shared: the fit got {facts['fit_cpu']:.0f} processor-seconds and the "

@@ -192,7 +192,7 @@ def test_require_and_lookup() -> None:
 def test_exact_and_approximate_are_kept_apart() -> None:
     exact = report(3, form="exact")
     assert exact.approximate == ()
-    assert "No site is approximated" in exact.summary()
+    assert "No attention site is approximated" in exact.summary()
     mixed = report(3)
     assert [r.site.id for r in mixed.approximate] == [r.site.id for r in mixed.sites[:2]]
     unmeasured = replace(mixed, fidelity=None)
