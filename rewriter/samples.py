@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rewriter.loaded import LoadedModel
 
 Batches = list[dict[str, "Tensor"]]
-FIT_TEXTS, HELD_OUT_TEXTS = 4096, 96
+FIT_TEXTS, HELD_OUT_TEXTS = 24576, 96
 FEW_TEXTS = 24  # for a first look at fidelity without a fit
 HELD_OUT_SHARE = 8  # one sample in so many is measured on, never fitted on
 
@@ -62,7 +62,9 @@ def few_held_out(loaded: LoadedModel) -> Batches:
     from rewriter.calibration import passages, split_sentences
 
     batch, tokens = _sizes(loaded, dynamic=False)
-    texts = passages(split_sentences()[1], max(batch, FEW_TEXTS // batch * batch), seed=1)
+    texts = passages(
+        split_sentences(libraries=False)[1], max(batch, FEW_TEXTS // batch * batch), seed=1
+    )
     return _tokenised(loaded, texts, batch, tokens, dynamic=False)
 
 
