@@ -345,8 +345,8 @@ def test_a_short_fit_lowers_the_error(name: str, mask: str) -> None:
     target = teacher.attend(teacher.spec(case.site), {}, case.q, case.k, case.v)
     params = {key: torch.nn.Parameter(p) for key, p in case.form.init_params(case.site).items()}
     optimiser = torch.optim.Adam(params.values(), lr=1e-2)
-    errors = []
-    for _ in range(80):
+    errors: list[float] = []
+    while len(errors) < 400 and not (errors and errors[-1] < 0.9 * errors[0]):
         error = (case.attend(params=params) - target).square().mean()
         optimiser.zero_grad()
         error.backward()
