@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,22 +135,29 @@ def with_rates(
 
 
 @contextlib.contextmanager
-def only(module: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def frozen(params: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block none of `params` takes a gradient."""
+    held = [p for p in params if p.requires_grad]
+    for param in held:
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in held:
+            param.requires_grad_(True)
+
+
+def only(
+    module: nn.Module, params: Mapping[str, nn.Parameter]
+) -> contextlib.AbstractContextManager[None]:
     """Within the block no other parameter of `module` takes a gradient.
 
     One nobody uses costs time: that of an embedding table is as large as the table.
     """
     kept = {id(p) for p in params.values()}
-    others = [p for p in module.parameters() if p.requires_grad and id(p) not in kept]
     if not any(p.requires_grad for p in params.values()):
-        others = []  # hashes alone are learned, and a loss must have some gradient
-    for param in others:
-        param.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for param in others:
-            param.requires_grad_(True)
+        return frozen(())  # hashes alone are learned, and a loss must have some gradient
+    return frozen([p for p in module.parameters() if id(p) not in kept])
 
 
 def form_names(rewritten: Rewritten) -> list[str]:

@@ -19,6 +19,7 @@ from passes.linears import linear_modules
 from passes.moe_balance import Balance
 from rewriter.calibration import input_names, set_aside
 from rewriter.fit_loss import floating, masked_error
+from rewriter.fit_model import frozen
 from rewriter.moe_routing import Watched, tell_routing
 from rewriter.supervised import FineTuned, Rates, fine_tune
 
@@ -60,7 +61,7 @@ def recover(
         result.report = result.report.with_linear_fit(trained=[done.to_json()])
         return
     half: dict[str, Any] = {"seconds": seconds / 2, "rates": rates, "progress": progress}
-    with _frozen(routers):
+    with frozen(routers):
         first = fine_tune(result.rewritten, data, loss, **half)
     with balanced(result, loss) as both:
         second = fine_tune(result.rewritten, data, both, **half)
@@ -113,15 +114,3 @@ def _routers(module: nn.Module) -> list[nn.Parameter]:
     """The routers of all two-expert layers."""
     layers = linear_modules(module).values()
     return [m.params["router"] for m in layers if isinstance(m.form, Moe)]
-
-
-@contextlib.contextmanager
-def _frozen(params: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within the block `params` are not trained."""
-    for param in params:
-        param.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for param in params:
-            param.requires_grad_(True)
