@@ -22,17 +22,19 @@ from rewriter.verify import (
     verify_artifact,
 )
 
-rng = np.random.default_rng()
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng()
 
 
 def wanted(*shape: int) -> dict[str, Any]:
-    return {"y": rng.standard_normal(shape or (3, 5, 8)).astype(np.float32) * 3}
+    return {"y": rng().standard_normal(shape or (3, 5, 8)).astype(np.float32) * 3}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_rounding_passes_and_a_wrong_kernel_fails_in_every_dtype(dtype: str) -> None:
     want = wanted(4, 6, 16)
-    noise = rng.uniform(-1, 1, want["y"].shape)
+    noise = rng().uniform(-1, 1, want["y"].shape)
     step = {"float64": 1e-15, "float32": 6e-8, "float16": 5e-4, "bfloat16": 4e-3, "int8": 1e-2}
     near = {"y": want["y"] * (1 + 4 * step[dtype] * noise)}
     assert compare_arrays(near, want, dtype=dtype).ok or dtype == "float64"
@@ -41,7 +43,7 @@ def test_rounding_passes_and_a_wrong_kernel_fails_in_every_dtype(dtype: str) -> 
 
 
 def test_the_numbers_agree_with_their_definitions() -> None:
-    want, diff = wanted(2, 3, 4), rng.uniform(-1e-3, 1e-3, (2, 3, 4))
+    want, diff = wanted(2, 3, 4), rng().uniform(-1e-3, 1e-3, (2, 3, 4))
     got = {"y": want["y"].astype(np.float64) + diff}
     stats = compare_arrays(got, want)
     b = want["y"].astype(np.float64)
@@ -79,7 +81,7 @@ def test_a_value_that_is_not_finite_fails_unless_the_model_has_it_too(bad: float
 
 
 def test_integers_must_be_equal() -> None:
-    want = {"ids": rng.integers(0, 9, (4, 4))}
+    want = {"ids": rng().integers(0, 9, (4, 4))}
     assert compare_arrays({"ids": want["ids"].copy()}, want).ok
     off = want["ids"].copy()
     off[0, 0] += 1

@@ -86,6 +86,9 @@ MODULES: list[tuple[str, str, nn.Module, tuple[tuple[int, ...], ...]]] = [
 ]
 
 
+TOLERANCE = {"all": 2e-4}  # partial sums of 2,000 numbers are as large as 45
+
+
 @pytest.mark.parametrize(("name", "rule", "module", "shapes"), MODULES, ids=lambda x: str(x)[:12])
 def test_other_kernels(
     name: str, rule: str, module: nn.Module, shapes: tuple[tuple[int, ...], ...]
@@ -97,7 +100,7 @@ def test_other_kernels(
     with torch.no_grad():
         want = module.double()(*(a.double() for a in args)).numpy()
     module.float()
-    np.testing.assert_allclose(got[0], want, atol=2e-5, rtol=2e-5)
+    np.testing.assert_allclose(got[0], want, atol=TOLERANCE.get(name, 2e-5), rtol=2e-5)
 
 
 @pytest.mark.slow
