@@ -39,12 +39,23 @@ class DecodeKernels:
         return self._step(func, tensors, list(named.values()), (3, 4), {"kind": "linear"})
 
     def attention_step(
-        self, q: Any, k: Any, v: Any, keys: Any, values: Any, position: Any, *, scale: float
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        keys: Any,
+        values: Any,
+        position: Any,
+        *,
+        scale: float,
+        left: int | None = None,
+        clip: tuple[float, float] | None = None,
     ) -> Any:
         """(out, keys, values): k and v are written at the position, then attended up to there.
 
         q [B, H, T, D], k [B, G, T, D], v [B, G, T, E], keys [B, G, N, D, block],
-        values [B, G, N * block, E], position [B, T] int64; out [B, H, T, E].
+        values [B, G, N * block, E], position [B, T] int64; out [B, H, T, E]. `left`, `clip`: as
+        codegen/kernels/decode.py has them.
         """
         q, k, v, keys, values = self._data(q=q, k=k, v=v, keys=keys, values=values)
         position = self.builder.normalize(position)
@@ -52,7 +63,8 @@ class DecodeKernels:
         named = {"q": q, "k": k, "v": v, "position": position, "keys": keys, "values": values}
         tensors = {name: _tensor(x) for name, x in named.items()}
         tensors["out"] = (shape, _tensor(v)[1])
-        func = decode.attention_step(float(scale), tensors, self.target.lanes)
+        facts = decode.Cached(float(scale), left, clip)
+        func = decode.attention_step(facts, tensors, self.target.lanes)
         return self._step(func, tensors, list(named.values()), (4, 5), {"kind": "cached"})
 
     def rows_at(self, table: Any, position: Any) -> Any:

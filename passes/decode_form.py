@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -40,12 +40,11 @@ class StateSpec:
 
 
 class Streaming(Form):
-    """A form with a recurrent (or cached) way to compute the same causal attention.
+    """A form with a recurrent (or cached) way to compute the same causal attention."""
 
-    `bounded`: a sequence may not be longer than the state was made for.
-    """
-
-    bounded: ClassVar[bool] = False
+    def bounded(self, site: AttentionSite) -> bool:
+        """Whether a sequence may not be longer than the state was made for."""
+        return False
 
     def streams(self, site: AttentionSite) -> Verdict:
         """Whether it can go token by token at `site`: causal self attention, no other mask."""
@@ -192,17 +191,29 @@ class LinearStreaming(Streaming):
 
 
 class CachedStreaming(Streaming):
-    """Softmax over a buffer of all keys and values so far, of a stated maximum length.
+    """Softmax over keys and values that are kept: all so far, or those of a causal window.
 
-    Keys are held as [B, G, blocks, D, BLOCK], values as [B, G, blocks * BLOCK, E]; what lies after
-    the position is never read.
+    Keys are held as [B, G, blocks, D, BLOCK], values as [B, G, blocks * BLOCK, E]. Without a window
+    token j stands at place j, there is room for a stated length, and what lies behind the position
+    is never read. With one the places are a ring, token j at place j modulo their number, and
+    nothing limits the length.
     """
 
-    bounded = True
+    def bounded(self, site: AttentionSite) -> bool:
+        """Unless a window says which keys can be forgotten."""
+        return site.mask.window is None
+
+    def streams(self, site: AttentionSite) -> Verdict:
+        """As other forms, and with a window that holds a query's own key."""
+        window = site.mask.window
+        if window is None or min(window) < 0:
+            return super().streams(site)
+        return super().streams(replace(site, mask=replace(site.mask, window=None)))
 
     def state(self, site: AttentionSite, length: int) -> tuple[StateSpec, ...]:
-        """Room for `length` keys and values, rounded up to whole blocks."""
-        d, blocks = site.dims, -(-length // BLOCK)
+        """Room for `length` keys and values, or a window's, rounded up to whole blocks."""
+        d, window = site.dims, site.mask.window
+        blocks = -(-(length if window is None else window[0] + 1) // BLOCK)
         kind, batch = dtype_name(site.dtype), int(d.B)
         return (
             StateSpec("keys", (batch, d.G, blocks, d.D, BLOCK), kind),
@@ -219,17 +230,20 @@ class CachedStreaming(Streaming):
         state: Tensors,
         position: torch.Tensor,
     ) -> Stepped:
-        """Writes k and v at the position, then attends over all keys up to there."""
+        """Attends over the keys that are held and the new ones, which then take their places."""
         keys, values = (x.clone() for x in state)
-        first, tokens = int(position[0, 0]), k.shape[2]
-        end = first + tokens
-        if end > values.shape[2]:
-            raise InputError(f"position: {end} tokens do not fit a buffer for {values.shape[2]}")
-        at = torch.arange(first, end)
-        keys[:, :, at // BLOCK, :, at % BLOCK] = k.permute(2, 0, 1, 3)
-        values[:, :, first:end] = v
-        flat = keys.transpose(-1, -2).flatten(2, 3)
-        out = self.attend(spec, params, q, flat[:, :, :end], values[:, :, :end])
+        first, room = int(position[0, 0]), values.shape[2]
+        end = first + k.shape[2]
+        if spec.window is None and end > room:
+            raise InputError(f"position: {end} tokens do not fit a buffer for {room}")
+        least = 0 if spec.window is None else max(0, first - spec.window[0])
+        at = torch.arange(least, first) % room
+        before = keys[:, :, at // BLOCK, :, at % BLOCK].permute(1, 2, 0, 3)
+        seen = torch.cat([before, k], 2), torch.cat([values[:, :, at], v], 2)
+        out = self.attend(spec, params, q, *seen)
+        at = torch.arange(first, end)[-room:] % room
+        keys[:, :, at // BLOCK, :, at % BLOCK] = k[:, :, -room:].permute(2, 0, 1, 3)
+        values[:, :, at] = v[:, :, -room:]
         return out, [keys, values]
 
     def step_kernel(
@@ -244,5 +258,6 @@ class CachedStreaming(Streaming):
         position: Any,
     ) -> tuple[Any, list[Any]]:
         """One kernel whose work follows the position."""
-        out, *new = kit.attention_step(q, k, v, *state, position, scale=spec.scale)
+        left = None if spec.window is None else spec.window[0]
+        out, *new = kit.attention_step(q, k, v, *state, position, scale=spec.scale, left=left)
         return out, new

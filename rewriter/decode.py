@@ -60,7 +60,8 @@ def compile_decoder(
         result: of `rewrite`: every site a form that streams (exact, elu, hedgehog, ...).
         path: the file to write; nothing is left there if anything fails.
         max_length: longest sequence, prompt and new tokens together; None: what the model's
-            config says. Forms of constant state need none without a table of positions.
+            config says, or the window of its masks where the example is too short to show it.
+            States of constant size need none without a table of positions.
         chunk: tokens of the prompt that ``prefill`` takes at once.
         precision: of products with weights, as `rewriter.api.compile` has it.
 
@@ -81,6 +82,10 @@ def compile_decoder(
     check_file(path)
     chosen = target_named(target) if isinstance(target, str) else target
     require(precision, chosen)
+    for name, value in (("max_length", max_length), ("chunk", chunk)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name}: must be at least 1, got {value}")
+    max_length = _within_window(model, result, max_length)
     stages = Stages(progress)
     sealed = _seal(model, result, max_length, chunk, stages)
     options = {"allow_unscheduled": allow_unscheduled, "precision": precision}
@@ -108,9 +113,6 @@ def _seal(
     from passes.decode_seal import seal_step
     from rewriter.decode_models import default_length, told_positions
 
-    for name, value in (("max_length", max_length), ("chunk", chunk)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name}: must be at least 1, got {value}")
     length = max_length or default_length(model)
     sizes = {STEP: 1, **({PREFILL: min(chunk, length)} if min(chunk, length) > 1 else {})}
     with stages.stage("seal"), told_positions(model) as told:
@@ -118,6 +120,23 @@ def _seal(
             name: seal_step(told, result.rewritten, tokens=tokens, length=length)
             for name, tokens in sizes.items()
         }
+
+
+def _within_window(model: Any, result: Result, max_length: int | None) -> int | None:
+    """`max_length`, or less where the example does not show all that the masks hide."""
+    from rewriter.decode_models import default_length, unseen_window
+
+    tokens = max((int(site.dims.S) for site in result.rewritten.sites), default=1)
+    window = unseen_window(model, tokens)
+    if window is None:
+        return max_length
+    if max_length is not None and max_length > window:
+        raise UsageError(
+            f"max_length: the model sees {window} keys at most, which an example of {tokens} "
+            f"tokens does not show; give a longer example (--tokens {window + 1}) or at most "
+            f"{window} here, got {max_length}"
+        )
+    return min(max_length or window, default_length(model))
 
 
 def _compile(
@@ -181,8 +200,8 @@ def _length(result: Result, high: int | None, asked: int | None, step: SealedSte
         raise UsageError(
             f"max_length: the model has positions for {table} tokens at most, got {asked}"
         )
-    forms = [result.rewritten.attention(site.id).form for site in result.rewritten.sites]
-    bounded = any(isinstance(form, Streaming) and form.bounded for form in forms)
+    sites = [result.rewritten.attention(site.id) for site in result.rewritten.sites]
+    bounded = any(isinstance(s.form, Streaming) and s.form.bounded(s.site) for s in sites)
     limits = [n for n in (table, asked, step.length if bounded else None) if n is not None]
     return min(limits, default=None)
 

@@ -104,3 +104,16 @@ def default_length(model: nn.Module) -> int:
     config = getattr(model, "config", None)
     limit = None if config is None else position_limit(config)
     return limit or 2048
+
+
+def unseen_window(model: nn.Module, tokens: int) -> int | None:
+    """The window of the masks, where an example of `tokens` tokens is not longer than it.
+
+    Such a model looks like a plainly causal one, which for longer sequences it is not.
+    """
+    config = getattr(model, "config", None)
+    for name in ("sliding_window", "window_size"):
+        window = getattr(config, name, None)
+        if isinstance(window, int) and window >= tokens:
+            return window
+    return None

@@ -35,7 +35,20 @@ def tiny_llama(seed: int = 0, **changes: Any) -> nn.Module:
     return _seeded(seed, lambda: LlamaForCausalLM(LlamaConfig(**settings)))
 
 
-MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
+def tiny_mistral(seed: int = 0, **changes: Any) -> nn.Module:
+    """As `tiny_llama`, but a token sees 20 keys at most."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    settings = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 256, "initializer_range": 0.3, "sliding_window": 20,
+        "attn_implementation": "sdpa", **changes,
+    }  # fmt: skip
+    return _seeded(seed, lambda: MistralForCausalLM(MistralConfig(**settings)))
+
+
+MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "mistral": tiny_mistral}
 
 
 def _seeded(seed: int, make: Any) -> nn.Module:

@@ -196,6 +196,32 @@ def test_codes_are_summed_token_by_token(tmp_path: Path) -> None:
     artifact.close()
 
 
+def test_keys_of_a_window_are_kept_in_a_ring(tmp_path: Path) -> None:
+    """Mistral's own window, narrowed in one layer: a state of constant size."""
+    loaded = opened("mistral", num_hidden_layers=3)
+    rules = {"*layers.0.*": form_named("window", {"left": 7}), "*layers.1.*": "gated"}
+    result = rewrite(loaded.model, loaded.example_inputs, rules=rules)
+    assert {s.mask.window for s in result.rewritten.sites} == {(19, 0)}
+    artifact = compile_decoder(loaded.model, result, path=tmp_path / "x.rwa", chunk=16, threads=1)
+    assert artifact.manifest.decode["length"] is None
+    for tokens in (1, 37):
+        prompt = prompt_of(tokens)
+        new = artifact.generate(prompt.numpy(), 80)
+        assert_greedy(Made(loaded, result, artifact), prompt, new)
+    artifact.close()
+
+
+def test_a_window_that_the_example_does_not_show_limits_the_length(tmp_path: Path) -> None:
+    loaded = opened("mistral", sliding_window=200)
+    result = rewrite(loaded.model, loaded.example_inputs, form="exact", on_noop="ok")
+    path = tmp_path / "x.rwa"
+    with pytest.raises(UsageError, match=r"sees 200 keys.*128 tokens.*--tokens 201.*got 201"):
+        compile_decoder(loaded.model, result, path=path, max_length=201)
+    artifact = compile_decoder(loaded.model, result, path=path, threads=1)
+    assert artifact.manifest.decode["length"] == 200
+    artifact.close()
+
+
 def test_a_span_limits_the_length(tmp_path: Path) -> None:
     loaded = opened("llama")
     result = rewrite(loaded.model, loaded.example_inputs, form="cosformer")

@@ -55,7 +55,7 @@ def test_compile_then_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         (["--max-length", "9"], "--max-length needs --decode"),
         (["--decode", "--session", "s"], "--session does not go with --decode"),
-        (["--decode", "--form", "window"], "can not be compiled for generation"),
+        (["--decode", "--form", "topk"], "can not be compiled for generation"),
     ],
 )
 def test_options_that_do_not_fit(

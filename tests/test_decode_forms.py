@@ -16,9 +16,9 @@ from passes.site import AttentionSite, Dims, Mask
 STREAMING = [name for name, form in forms().items() if issubclass(form, Streaming)]
 
 
-def site(tokens: int, **dims: int) -> AttentionSite:
+def site(tokens: int, window: tuple[int, int] | None = None, **dims: int) -> AttentionSite:
     sizes = {"B": 2, "H": 4, "G": 2, "T": tokens, "S": tokens, "D": 6, "E": 5, **dims}
-    return AttentionSite("s#0", "n", Dims(**sizes), "float64", 0.3, Mask(causal=True))
+    return AttentionSite("s#0", "n", Dims(**sizes), "float64", 0.3, Mask(True, window=window))
 
 
 def streaming_form(name: str, **config: Any) -> Streaming:
@@ -38,7 +38,8 @@ def positions(batch: int, first: int, number: int) -> torch.Tensor:
 
 
 def test_the_forms_asked_for_stream() -> None:
-    assert {"exact", "elu", "hedgehog"} <= set(STREAMING)
+    cached = {"exact", "window", "clipped_softmax", "gated", "gaussian", "kv_symmetric", "msa"}
+    assert {"elu", "hedgehog", "lolcats", *cached} <= set(STREAMING)
 
 
 @pytest.mark.parametrize("name", STREAMING)
@@ -53,8 +54,25 @@ def test_a_ring_turns_over_its_blocks(window: int, cuts: list[int]) -> None:
     assert_steps_are_the_whole(streaming_form("lolcats", window=window), cuts)
 
 
-def assert_steps_are_the_whole(form: Streaming, cuts: list[int]) -> None:
-    place = site(70)
+@pytest.mark.parametrize("name", ["exact", "clipped_softmax", "gated", "gaussian", "window"])
+@pytest.mark.parametrize("left", [0, 3, 63, 64, 90])
+@pytest.mark.parametrize("cuts", [[1] * 170, [3, 130, 1, 36]], ids=["1", "mixed"])
+def test_a_window_is_a_ring(name: str, left: int, cuts: list[int]) -> None:
+    form, place = streaming_form(name), site(170, window=(left, 0))
+    assert not form.bounded(place)
+    assert form.state(place, 10) == form.state(place, 10_000)
+    assert_steps_are_the_whole(form, cuts, place)
+
+
+def test_a_window_of_the_form_needs_one_block_more_than_its_half() -> None:
+    values = streaming_form("window", left=BLOCK).state(site(8), 10_000)[1]
+    assert values.shape[2] == 2 * BLOCK
+
+
+def assert_steps_are_the_whole(
+    form: Streaming, cuts: list[int], place: AttentionSite | None = None
+) -> None:
+    place = place or site(70)
     assert form.streams(place)
     q, k, v = random_case(form, place)
     params = {
@@ -63,9 +81,9 @@ def assert_steps_are_the_whole(form: Streaming, cuts: list[int]) -> None:
     }
     spec = form.spec(place)
     want = form.weights(spec, params, q, k) @ v.repeat_interleave(2, 1)
-    if not form.normalised:  # norm_linear: what it norms, and the norm of that
+    if form.name == "norm_linear":  # what it norms, and the norm of that
         want = want * (want.square().mean((1, 3), keepdim=True) + 1e-6).rsqrt()
-    state = [s.zeros() for s in form.state(place, 70)]
+    state = [s.zeros() for s in form.state(place, sum(cuts))]
     done, first = [], 0
     for number in cuts:
         part = slice(first, first + number)
@@ -114,7 +132,6 @@ def test_a_full_cache_is_an_error() -> None:
     [
         (Mask(), "M04"),
         (Mask(causal=True, padding=True), "M05"),
-        (Mask(causal=True, window=(3, 0)), "M03"),
         (Mask(causal=True, bias=True), "M01"),
         (Mask(unknown=True), "M02"),
     ],
@@ -124,6 +141,13 @@ def test_other_masks_are_refused(mask: Mask, code: str) -> None:
         verdict = streaming_form(name).streams(replace(site(8), mask=mask))
         assert not verdict
         assert verdict.reason == code
+
+
+def test_sums_forget_nothing_so_a_window_is_refused() -> None:
+    place = site(8, window=(3, 0))
+    assert streaming_form("elu").streams(place).reason == "M03"
+    assert streaming_form("exact").streams(place)
+    assert streaming_form("exact").streams(site(8, window=(3, -1))).reason == "M03"
 
 
 def test_own_values_are_refused() -> None:

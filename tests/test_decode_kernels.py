@@ -46,19 +46,29 @@ def built(form: Streaming, spec: Any, given: dict[str, Any], params: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("name", "config"),
+    ("name", "config", "window"),
     [
-        ("lolcats", {"window": 40}),  # a ring of 80 places in two blocks of the cache
-        ("lolcats", {"window": 3}),
-        ("cosformer", {"span": 210}),
-        ("norm_linear", {}),
+        ("lolcats", {"window": 40}, None),  # a ring of 80 places in two blocks of the cache
+        ("lolcats", {"window": 3}, None),
+        ("cosformer", {"span": 210}, None),
+        ("norm_linear", {}, None),
+        ("exact", {}, (40, 0)),
+        ("exact", {}, (64, 0)),
+        ("window", {"left": 5}, None),
+        ("window", {"left": 500}, None),
+        ("clipped_softmax", {"gamma": -0.02, "zeta": 1.1}, None),
+        ("clipped_softmax", {"gamma": -0.05}, (30, 0)),
+        ("gated", {}, None),
+        ("gaussian", {}, (70, 0)),
     ],
 )
-def test_the_kernel_is_the_step(name: str, config: dict[str, Any]) -> None:
+def test_the_kernel_is_the_step(
+    name: str, config: dict[str, Any], window: tuple[int, int] | None
+) -> None:
     form, chunk, tokens = form_named(name, config), 7, 203
     assert isinstance(form, Streaming)
     dims = Dims(B=2, H=6, G=2, T=chunk, S=chunk, D=12, E=20)
-    place = AttentionSite("s#0", "n", dims, "float32", 0.3, Mask(causal=True))
+    place = AttentionSite("s#0", "n", dims, "float32", 0.3, Mask(True, window=window))
     spec = form.spec(place)
     params = {n: p + 0.2 * torch.randn_like(p) for n, p in form.init_params(place).items()}
     q = torch.randn(2, 6, tokens, 12)

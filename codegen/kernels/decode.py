@@ -8,6 +8,7 @@ uses `call_tir_inplace`. Letters as in passes/site.py; sums are float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -146,38 +147,70 @@ def code_signs(last: float, tensors: dict[str, Tensor]) -> Any:
     return build_step(tensors, body)
 
 
-def attention_step(scale: float, tensors: dict[str, Tensor], lanes: int) -> Any:
-    """q, k, v, position, keys, values -> out: softmax over all keys up to each query.
+@dataclass(frozen=True)
+class Cached:
+    """How kept keys are attended to.
+
+    `left`: a query sees so many tokens before its own, and the places are a ring; None: all, and
+    token j stands at place j. `clip`: (zeta, gamma) of clip((zeta - gamma) softmax + gamma, 0, 1).
+    """
+
+    scale: float
+    left: int | None = None
+    clip: tuple[float, float] | None = None
+
+    def place(self, at: Any, room: int) -> Any:
+        """Where token `at` stands."""
+        return at if self.left is None else at % room
+
+    def used(self, at: Any, room: int) -> Any:
+        """Places from the first one that may hold tokens up to `at`."""
+        return at + 1 if self.left is None else imin(at + 1, room)
+
+    def seen(self, place: Any, at: Any, room: int) -> Any:
+        """Whether the query of token `at` sees what stands at `place`."""
+        if self.left is None:
+            return place <= at
+        back = at % room - place  # how many tokens ago it was written, less a turn of the ring
+        ago = tirx.Select(back < 0, back + room, back)
+        return ago <= imin(at, self.left)
+
+
+def attention_step(facts: Cached, tensors: dict[str, Tensor], lanes: int) -> Any:
+    """q, k, v, position, keys, values -> out: softmax over the keys each query sees.
 
     q [B, H, T, D], k [B, G, T, D], v [B, G, T, E], position [B, T] int64 (the first is read),
     keys [B, G, N, D, block], values [B, G, N * block, E]; out [B, H, T, E]. The loops follow the
-    position; nothing behind it is used. The caller sees to position + T <= N * block.
+    position; nothing behind it is used. Without a window the caller sees to position + T <=
+    N * block; a ring holds at least left + 1 places.
     """
 
     def body(q: Any, k: Any, v: Any, position: Any, keys: Any, values: Any, out: Any) -> None:
-        (b_, h_, t_, d_), g_ = dims(q), dims(k)[1]
-        group, block = h_ // g_, dims(keys)[4]
-        told = tirx.Cast("int32", position[0, 0])
-        first = imax(0, imin(told, dims(values)[2] - t_))  # never outside the buffers
+        (b_, h_, t_, _), g_ = dims(q), dims(k)[1]
+        group, room = h_ // g_, dims(values)[2]
+        first = imax(0, tirx.Cast("int32", position[0, 0]))
+        if facts.left is None:
+            first = imin(first, room - t_)  # never outside the buffers
         with T.parallel(0, b_ * g_) as bg:
             b, g = bg // g_, bg % g_
             with T.serial(0, t_) as t:
-                at = first + t
-                with T.serial(0, d_) as d:
-                    T.buffer_store(keys, k[b, g, t, d], [b, g, at // block, d, at % block])
-                vectors(
-                    dims(v)[3],
-                    lanes,
-                    lambda e: T.buffer_store(values, v[b, g, t, e], [b, g, at, e]),
-                )
-            with T.serial(0, t_) as t:
+                _take(k, v, keys, values, (b, g, t), facts.place(first + t, room), lanes)
                 for start in range(0, group, ROWS):
                     rows = min(ROWS, group - start)
                     head = g * group + start
-                    seen = first + t + 1
-                    _attend(q, keys, values, out, (b, g, head, t), seen, rows, scale, lanes)
+                    _attend(q, keys, values, out, (b, g, head, t), first + t, rows, facts, lanes)
 
     return build_step(tensors, body)
+
+
+def _take(
+    k: Any, v: Any, keys: Any, values: Any, token: tuple[Any, Any, Any], place: Any, lanes: int
+) -> None:
+    """Key and value of a new token to their place."""
+    (b, g, t), (channels, block) = token, dims(keys)[3:]
+    with T.serial(0, channels) as d:
+        T.buffer_store(keys, k[b, g, t, d], [b, g, place // block, d, place % block])
+    vectors(dims(v)[3], lanes, lambda e: T.buffer_store(values, v[b, g, t, e], [b, g, place, e]))
 
 
 def _attend(
@@ -185,24 +218,25 @@ def _attend(
     keys: Any,
     values: Any,
     out: Any,
-    at: tuple[Any, Any, Any, Any],
-    seen: Any,
+    row: tuple[Any, Any, Any, Any],
+    at: Any,
     rows: int,
-    scale: float,
+    facts: Cached,
     lanes: int,
 ) -> None:
-    b, g, head, t = at
-    (_, _, number, channels, block), width = dims(keys), dims(values)[3]
+    b, g, head, t = row
+    (_, _, number, channels, block), (_, _, room, width) = dims(keys), dims(values)
     query, scores = scratch(rows, channels), scratch(rows, number * block)
     for i in range(rows):
         vectors(
             channels,
             lanes,
             lambda d, i=i: T.buffer_store(  # type: ignore[misc]
-                query, load(q, b, head + i, t, d) * f32(scale), [i, d]
+                query, load(q, b, head + i, t, d) * f32(facts.scale), [i, d]
             ),
         )
-    blocks = (seen + block - 1) // block
+    used = facts.used(at, room)
+    blocks = (used + block - 1) // block
     with T.serial(0, blocks) as n:
         tile(
             lambda i, d: query[i, d],
@@ -210,7 +244,7 @@ def _attend(
             channels,
             lambda i, j, x: T.buffer_store(
                 scores,
-                tirx.Select(n * block + j < seen, x, f32(MINIMUM)),
+                tirx.Select(facts.seen(n * block + j, at, room), x, f32(MINIMUM)),
                 [i, n * block + j],
             ),
             rows=rows,
@@ -219,11 +253,13 @@ def _attend(
     under = scratch(rows)
     for i in range(rows):
         _softmax(scores, i, blocks * (block // lanes), lanes, under)
+        if facts.clip is not None:
+            _clip(scores, i, blocks * (block // lanes), lanes, under, facts.clip)
     for start, panel in columns(width):
         tile(
             lambda i, j: scores[i, j],
             lambda j, e, s=start: load(values, b, g, j, s + e),  # type: ignore[misc]
-            seen,
+            used,
             lambda i, e, x, s=start: store(  # type: ignore[misc]
                 out, [b, head + i, t, s + e], x * under[i]
             ),
@@ -242,6 +278,19 @@ def _softmax(scores: Any, i: int, steps: Any, lanes: int, under: Any) -> None:
         T.buffer_store(scores, value, [i, o * lanes + j])
     total = reduce_row(steps, lanes, lambda j: scores[i, j], lambda x, y: x + y, 0.0)
     T.buffer_store(under, f32(1.0) / total, [i])
+
+
+def _clip(
+    scores: Any, i: int, steps: Any, lanes: int, under: Any, limits: tuple[float, float]
+) -> None:
+    """scores[i] times under[i] stretched and clipped, under[i] to 1; what is hidden stays 0."""
+    zeta, gamma = limits
+    with T.serial(0, steps) as o, T.vectorized(0, lanes) as j:
+        soft = scores[i, o * lanes + j] * under[i]
+        wide = soft * f32(zeta - gamma) + f32(gamma)
+        held = tirx.min(tirx.max(wide, f32(0.0)), f32(1.0))
+        T.buffer_store(scores, held, [i, o * lanes + j])
+    T.buffer_store(under, f32(1.0), [i])
 
 
 def dims(buffer: Any) -> tuple[int, ...]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from passes.decode_form import CachedStreaming
 from passes.errors import UsageError
-from passes.form import Form, FormConfig, FormSpec, Paper, Params, Verdict
+from passes.form import FormConfig, FormSpec, Paper, Params, Verdict
 from passes.forms._linear import accumulate_dtype, count_dtype, group_verdict, sizes
 from passes.forms._rows import times_values
 from passes.forms.exact import Exact
@@ -40,7 +41,7 @@ class ClippedSoftmaxConfig(FormConfig):
             raise UsageError(f"gamma: a number from -16 to 0, got {self.gamma}")
 
 
-class ClippedSoftmax(Form):
+class ClippedSoftmax(CachedStreaming):
     """Weights clip((zeta - gamma) softmax + gamma, 0, 1), with every mask and bias.
 
     A head can do nothing without large logits, which keeps activations small enough for 8 bits.
@@ -151,3 +152,21 @@ class ClippedSoftmax(Form):
             window=spec.window,
             scale=spec.scale,
         )
+
+    def step_kernel(
+        self,
+        kit: Any,
+        spec: FormSpec,
+        params: Mapping[str, Any],
+        q: Any,
+        k: Any,
+        v: Any,
+        state: Sequence[Any],
+        position: Any,
+    ) -> tuple[Any, list[Any]]:
+        """One kernel whose work follows the position."""
+        left = None if spec.window is None else spec.window[0]
+        out, *new = kit.attention_step(
+            q, k, v, *state, position, scale=spec.scale, left=left, clip=self._range
+        )
+        return out, new

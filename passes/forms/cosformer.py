@@ -51,13 +51,16 @@ class Cosformer(FeatureForm):
     )
     formula = "sum_j w_ij v_j / sum_j w_ij,  w_ij = relu(q_i).relu(k_j) cos(pi (i - j) / (2 m))"
     needs = "training"
-    bounded = True
     Config = CosformerConfig
 
     @property
     def _span(self) -> int:
         assert isinstance(self.config, CosformerConfig)
         return self.config.span
+
+    def bounded(self, site: AttentionSite) -> bool:
+        """The cosines are those of a stated span."""
+        return True
 
     def applies(self, site: AttentionSite) -> Verdict:
         """As the linear forms, up to `span` tokens."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from passes.decode_form import CachedStreaming
 from passes.errors import UsageError
-from passes.form import Form, FormConfig, FormSpec, Paper, Params, Verdict
+from passes.form import FormConfig, FormSpec, Paper, Params, Verdict
 from passes.forms._linear import accumulate_dtype, count_dtype, group_verdict, item_bytes, sizes
 from passes.forms._random import gaussian
 from passes.forms.exact import Exact
@@ -31,7 +32,7 @@ class GatedConfig(FormConfig):
             raise UsageError(f"share: a number from 0.01 to 0.99, got {self.share!r}")
 
 
-class Gated(Form):
+class Gated(CachedStreaming):
     """Softmax attention with every mask, times sigmoid(q.w + b) / share for each query and head.
 
     A head can do nothing without large logits. `w` [H, D] starts near 0 and `b` [H, 1] at
@@ -138,3 +139,18 @@ class Gated(Form):
         """Exact attention, then the gate."""
         out = Exact().kernel(kit, spec, {}, q, k, v, key_mask, bias)
         return kit.gate(out, q, params["w"], params["b"], gain=1.0 / self._share)
+
+    def step_kernel(
+        self,
+        kit: Any,
+        spec: FormSpec,
+        params: Mapping[str, Any],
+        q: Any,
+        k: Any,
+        v: Any,
+        state: Sequence[Any],
+        position: Any,
+    ) -> tuple[Any, list[Any]]:
+        """Exact attention's step, then the gate."""
+        out, new = Exact().step_kernel(kit, spec, {}, q, k, v, state, position)
+        return kit.gate(out, q, params["w"], params["b"], gain=1.0 / self._share), new

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from passes.form import Form, FormSpec, Paper, Params, Verdict
-from passes.forms._linear import accumulate_dtype, count_dtype, group_verdict, item_bytes, sizes
+from passes.decode_form import CachedStreaming, StateSpec, Stepped, Tensors
+from passes.form import FormSpec, Paper, Params, Verdict
+from passes.forms._linear import (
+    accumulate_dtype,
+    count_dtype,
+    dtype_name,
+    group_verdict,
+    item_bytes,
+    sizes,
+)
 from passes.forms.exact import Exact
 from passes.opcount import OpCount
 from passes.site import AttentionSite
 
 
-class Gaussian(Form):
+class Gaussian(CachedStreaming):
     """Weights exp(-scale |q - k|^2 / 2) over their sum, with every mask and bias.
 
     Equals softmax attention where all keys are equally long, because |q|^2 cancels in a row; of a
@@ -99,6 +107,46 @@ class Gaussian(Form):
         q, k, v = (kit.cast(x, "float32") for x in (q, k, v))
         left, right = kit.with_ones(q), kit.extend(k, -0.5, one=False)
         return kit.cast(Exact().kernel(kit, spec, {}, left, right, v, key_mask, bias), dtype)
+
+    def state(self, site: AttentionSite, length: int) -> tuple[StateSpec, ...]:
+        """As exact attention, keys with their lengths and in the type sums are kept in."""
+        kind = "float64" if dtype_name(site.dtype) == "float64" else "float32"
+        wider = replace(site, dims=replace(site.dims, D=site.dims.D + 1), dtype=kind)
+        return super().state(wider, length)
+
+    def step(
+        self,
+        spec: FormSpec,
+        params: Params,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        state: Tensors,
+        position: torch.Tensor,
+    ) -> Stepped:
+        """Exact attention's step, keys with their lengths."""
+        left, right = _sides(q, k)
+        values = v.to(left.dtype)
+        out, new = Exact().step(spec, {}, left, right, values, state, position)
+        return out.to(q.dtype), new
+
+    def step_kernel(
+        self,
+        kit: Any,
+        spec: FormSpec,
+        params: Mapping[str, Any],
+        q: Any,
+        k: Any,
+        v: Any,
+        state: Sequence[Any],
+        position: Any,
+    ) -> tuple[Any, list[Any]]:
+        """Keys with their lengths, then exact attention's step; in float32."""
+        dtype = kit.dtype(q)
+        q, k, v = (kit.cast(x, "float32") for x in (q, k, v))
+        left, right = kit.with_ones(q), kit.extend(k, -0.5, one=False)
+        out, new = Exact().step_kernel(kit, spec, {}, left, right, v, state, position)
+        return kit.cast(out, dtype), new
 
 
 def _sides(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

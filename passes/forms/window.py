@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from passes.decode_form import CachedStreaming, StateSpec, Stepped, Tensors
 from passes.errors import UsageError
-from passes.form import Form, FormConfig, FormSpec, Paper, Params, Reason, Verdict, no
+from passes.form import FormConfig, FormSpec, Paper, Params, Reason, Verdict, no
 from passes.forms._linear import group_verdict, sizes
 from passes.forms.exact import Exact
 from passes.opcount import OpCount
@@ -30,13 +31,14 @@ class WindowConfig(FormConfig):
                 raise UsageError(f"{name}: a whole number from {least}, got {value!r}")
 
 
-class Window(Form):
+class Window(CachedStreaming):
     """Softmax attention with all masks of the site and, on top of them, a sliding window.
 
     Exact wherever the model looks no further (a window of at least S - 1 is softmax), so it fits
     heads that attend to neighbours; a head that spreads over the whole text loses most. Keys
     outside are never read: time grows with the tokens times the window. A window of the site's
     own is narrowed, never widened. A query all of whose window is hidden gives 0.
+    Token by token the keys of one window are held.
     """
 
     name = "window"
@@ -72,6 +74,10 @@ class Window(Form):
     def _inner(self, spec: FormSpec) -> FormSpec:
         return FormSpec(Exact.name, spec.causal, spec.scale, self._window(spec.window))
 
+    def _narrowed(self, site: AttentionSite) -> AttentionSite:
+        mask = replace(site.mask, window=self._window(site.mask.window))
+        return replace(site, mask=mask)
+
     def attend(
         self,
         spec: FormSpec,
@@ -99,8 +105,7 @@ class Window(Form):
 
     def ops(self, site: AttentionSite) -> OpCount:
         """As exact attention with a window (the definition counts pairs that are then hidden)."""
-        mask = replace(site.mask, window=self._window(site.mask.window))
-        return Exact().ops(replace(site, mask=mask))
+        return Exact().ops(self._narrowed(site))
 
     def counted(self, site: AttentionSite) -> OpCount:
         """Only pairs inside the window: mul and add pairs*(D + E), scale mul pairs."""
@@ -124,3 +129,38 @@ class Window(Form):
     ) -> Any:
         """One fused kernel that skips keys outside the window."""
         return Exact().kernel(kit, self._inner(spec), {}, q, k, v, key_mask, bias)
+
+    def bounded(self, site: AttentionSite) -> bool:
+        """What has left the window is forgotten."""
+        return False
+
+    def state(self, site: AttentionSite, length: int) -> tuple[StateSpec, ...]:
+        """Keys and values of a window, whatever the length."""
+        return super().state(self._narrowed(site), length)
+
+    def step(
+        self,
+        spec: FormSpec,
+        params: Params,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        state: Tensors,
+        position: torch.Tensor,
+    ) -> Stepped:
+        """Exact attention's step with this window."""
+        return Exact().step(self._inner(spec), {}, q, k, v, state, position)
+
+    def step_kernel(
+        self,
+        kit: Any,
+        spec: FormSpec,
+        params: Mapping[str, Any],
+        q: Any,
+        k: Any,
+        v: Any,
+        state: Sequence[Any],
+        position: Any,
+    ) -> tuple[Any, list[Any]]:
+        """One kernel that turns a ring and reads it."""
+        return Exact().step_kernel(kit, self._inner(spec), {}, q, k, v, state, position)

@@ -68,7 +68,7 @@ def verb(
     """Compile MODEL for a target into one file, verified against the model it came from.
 
     Without --form, --plan, --rule, --linear or --from every attention stays exact. With --decode a
-    decoder-only language model (GPT-2, Llama) becomes an artifact that generates tokens.
+    decoder-only language model (GPT-2, Llama, Mistral) becomes an artifact that generates tokens.
 
     Example: rewriter compile minilm --form hedgehog --fit 240 --tokens 128 -o minilm.rwa
     """

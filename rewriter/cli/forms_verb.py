@@ -16,8 +16,8 @@ from rewriter.cli import options as o
 from rewriter.cli.output import console, print_json
 
 MARKS = {
-    "bidirectional": "bidir", "causal": "causal", "padding": "pad", "window": "win",
-    "bias": "bias", "cross": "cross", "GQA": "GQA",
+    "bidirectional": "full", "causal": "causal", "padding": "pad", "window": "win",
+    "bias": "bias", "cross": "cross", "GQA": "GQA", "generation": "gen",
 }  # fmt: skip
 Names = Annotated[
     list[str] | None, typer.Argument(metavar="[FORM]...", help="Show these in full; or all.")
@@ -76,7 +76,7 @@ def _chosen(names: list[str] | None) -> list[dict[str, Any]]:
 def _overview(rows: list[dict[str, Any]]) -> Table:
     table = Table(
         title="forms of attention", caption="rewriter forms NAME shows one in full",
-        box=box.SIMPLE_HEAD, pad_edge=False,
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
     )  # fmt: skip
     for column in ("form", "kind", "needs", "carries"):
         table.add_column(column, no_wrap=True)
@@ -176,6 +176,7 @@ def form_rows() -> list[dict[str, Any]]:
 
 
 def _carries(form: Any) -> list[str]:
+    from passes.decode_form import Streaming
     from passes.site import AttentionSite, Dims, Mask
 
     plain = Mask()
@@ -194,4 +195,8 @@ def _carries(form: Any) -> list[str]:
         dims = Dims(1, 4, groups, 64, 96 if cross else 64, 32, 32)
         if form.applies(AttentionSite("trial#0", "trial", dims, "float32", 32**-0.5, mask, cross)):
             carried.append(word)
+    dims, mask = Dims(1, 4, 4, 64, 64, 32, 32), Mask(causal=True)
+    place = AttentionSite("trial#0", "trial", dims, "float32", 32**-0.5, mask)
+    if isinstance(form, Streaming) and form.streams(place):
+        carried.append("generation")
     return carried
