@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm import relax, te, tirx
 
-from codegen.kernels import binary, coded, dispatch, fixed
+from codegen.kernels import binary, coded, dispatch, fixed, gpu_dispatch
 from codegen.kernels.attention import attributes
 from codegen.legalize import dtype_of
 from codegen.schedules._common import threads
@@ -101,11 +101,6 @@ class LinearKit:
         multiply [P, K, 32], words int32 [P, G, 32], scale [N], router [2, K], bias [N] or None;
         with `gate` a row is multiplied by its expert's probability. [..., N].
         """
-        if self.target.kind == "gpu":
-            raise LoweringError(
-                "moe: layers of two experts have no kernel for a GPU, where tokens are not "
-                "dispatched inside a kernel; use linear='shift', or compile for a processor"
-            )
         *lead, depth = self._shape(x)
         outputs = self._shape(scale)[0]
         flat = self._reshaped(x, [math.prod(lead), depth])
@@ -114,7 +109,11 @@ class LinearKit:
         facts = dispatch.DispatchFacts(codes, bias is not None, gate, threads(self.target))
         tensors = {n: (tuple(int(d) for d in v.ty.shape), dtype_of(v)) for n, v in given.items()}
         tensors["out"] = ((math.prod(lead), outputs), "float32")
-        func = dispatch.dispatch(facts, tensors, self.target).without_attr("global_symbol")
+        if self.target.kind == "gpu":
+            func = gpu_dispatch.dispatch(facts, tensors)
+        else:
+            func = dispatch.dispatch(facts, tensors, self.target)
+        func = func.without_attr("global_symbol")
         for key, value in attributes(dispatch.NAME, {"key": codes.key}).items():
             func = func.with_attr(key, value)
         name = self.builder.add_func(func, "two_experts")

@@ -14,13 +14,14 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels import dispatch as kernel
-from codegen.schedule import schedule
+from codegen.schedule import Outcome, schedule
 from codegen.target import Target, target_named
-from passes.errors import LoweringError
 from passes.linear_form import LinearSpec
 from passes.linear_forms._codes import CodeSpec
 from passes.linear_forms.moe import Moe
+from tests.linears import kernels as linear_kernels
 from tests.linears.kernels import lowered, run, run_many
+from tests.targets.gpu_loops import as_loops
 
 SPLITS = ("mixed", "all multiply", "all shift", "one multiply", "one shift")
 
@@ -173,8 +174,25 @@ def test_code_is_made_for_a_foreign_processor() -> None:
     assert "fmla" in code.mod.inspect_source("asm")
 
 
-def test_a_gpu_is_refused_with_a_reason() -> None:
-    form, params = made(64, 40)
+def as_gpu_loops(func: Any, target: Target) -> Outcome:
+    """The schedule for a GPU, as loops that run here."""
+    done = schedule(func, target_named("cuda:sm_90"))
+    return dataclasses.replace(done, func=as_loops(done.func))
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "config"),
+    [(1, 64, 101, {}), (9, 70, 60, {"bits": 5, "gate": "value"}), (37, 32, 45, {"bits": 3})],
+)
+def test_the_kernel_for_a_gpu_equals_float64_for_every_split(
+    rows: int, n: int, k: int, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form, params = made(n, k, bias=rows != 9, **config)
     spec, packed = packed_of(form, params)
-    with pytest.raises(LoweringError, match=r"moe: .* no kernel for a GPU"):
-        lowered(form, spec, packed, (21, 40), target_named("cuda:sm_90"))
+    inputs = [tokens(rows, k, split) for split in SPLITS]
+    monkeypatch.setattr(linear_kernels, "schedule", as_gpu_loops)
+    target = dataclasses.replace(target_named("cpu"), kind="gpu")
+    for x, (out, rules) in zip(inputs, run_many(form, spec, packed, inputs, target), strict=True):
+        want = exact(form, params, x)
+        assert (out.double() - want).abs().max() < 2e-5 * max(1.0, float(want.abs().max()))
+        assert rules == ["gpu_dispatch"]

@@ -114,12 +114,20 @@ class Decoder(nn.Module):
         return self.d(torch.relu(self.c(y.transpose(1, 2).flatten(2))))
 
 
-WAYS = ["hamming", "hamming, both ways", "hamming_table", "shiftadd", "shift", "shiftadd_ptq"]
+WAYS = [
+    "hamming",
+    "hamming, both ways",
+    "hamming_table",
+    "shiftadd",
+    "shift",
+    "shiftadd_ptq",
+    "moe",
+]
 
 
 def rewritten(way: str) -> tuple[Result, dict[str, torch.Tensor]]:
     """A tiny model with codes in it, and inputs."""
-    linear = way if way.split(":")[0] in ("shift", "shiftadd_ptq") else None
+    linear = way if way.split(":")[0] in ("shift", "shiftadd_ptq", "moe") else None
     form = "exact" if linear else way
     form, both = form.split(",")[0], way in ("shiftadd", "hamming, both ways")
     model: nn.Module = Encoder() if both else Decoder()
@@ -137,7 +145,7 @@ def test_nvcc_compiles_them(way: str, tmp_path: Path) -> None:
     result = lowered(way)
     assert all(k.scheduled_by.startswith("gpu_") for k in result.kernels)
     used = {k.scheduled_by for k in result.kernels}
-    assert used & {"gpu_hamming", "gpu_coded"}
+    assert used & {"gpu_hamming", "gpu_coded", "gpu_dispatch"}
     library = compile_vm(result, GPU).mod
     while library.kind != "cuda":
         (library,) = library.imports
