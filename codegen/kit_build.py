@@ -14,6 +14,7 @@ from tvm import relax, tirx
 
 from codegen import tvm_env  # noqa: F401  (TVM's threads, before its pool is made)
 from codegen.count import count
+from codegen.graph_passes.attention_pairs import attention_pairs
 from codegen.kit import Kit
 from codegen.schedule import schedule
 from codegen.target import Target
@@ -64,8 +65,12 @@ def build_form(
     params: Mapping[str, Array],
     arrays: Mapping[str, Array],
     target: Target,
+    precision: str = "fp32",
 ) -> BuiltForm:
-    """Lower `form` at one site with the shapes and types of `arrays` (q, k, v, key_mask, bias)."""
+    """Lower `form` at one site with the shapes and types of `arrays` (q, k, v, key_mask, bias).
+
+    `precision` is what a model around it would be compiled in (codegen/precision.py).
+    """
     builder = relax.BlockBuilder()
     given = {**arrays, **{f"param.{n}": a for n, a in params.items()}}
     variables = {
@@ -84,7 +89,8 @@ def build_form(
             result = builder.emit_output(out)
         builder.emit_func_output(result)
     # Producers that the kit fused into their readers are left over.
-    return _finish(relax.transform.DeadCodeElimination()(builder.get()), target)
+    mod = relax.transform.DeadCodeElimination()(builder.get())
+    return _finish(attention_pairs(mod, target, precision), target)
 
 
 def _finish(mod: Any, target: Target) -> BuiltForm:

@@ -14,6 +14,7 @@ from tvm import relax, tirx
 
 from codegen import legalize, tvm_env
 from codegen.frontend import Imported
+from codegen.graph_passes.attention_pairs import attention_pairs
 from codegen.graph_passes.channels_last import channels_last
 from codegen.kernel_cache import Entry, KernelCache, key_of
 from codegen.lift import lift_constants
@@ -94,6 +95,8 @@ def lower(
 ) -> Lowered:
     """Lower to scheduled TensorIR, products with weights in `precision` (codegen/precision.py).
 
+    Softmax attention is in bfloat16 where `attention_pairs` says so.
+
     `tuned(func, target)` is asked first for every kernel and returns a schedule or None. What is
     found in `cache` is taken from there; tuned kernels are looked up as they were scheduled,
     because a record is applied only if it is faster now.
@@ -163,7 +166,7 @@ def fuse(mod: Any, target: Target, precision: str = "fp32") -> tuple[Any, dict[s
     legalize.install()
     t = relax.transform
     mod = channels_last(t.DecomposeOpsForInference()(mod), target)
-    mod = prepack(mod, target, precision)
+    mod = attention_pairs(prepack(mod, target, precision), target, precision)
     before = [
         t.CanonicalizeBindings(),
         relax.backend.DispatchSampling(),

@@ -304,7 +304,7 @@ def compile(
         threads: threads the code is cut for, is checked with and uses where `load` names no
             other number (default: the cores this process may use).
         precision: of products with weights: "fp32", "bf16" or "int8" (docs/targets.md says what
-            each needs); the report says what it costs.
+            each needs, and where softmax attention is in bfloat16); the report says what it costs.
 
     Returns:
         The loaded artifact; for a target that can not run here, an artifact that only describes.

@@ -198,7 +198,10 @@ def _complete(
     tuned: Any,
     precision: str,
 ) -> None:
-    cost = precision_cost(precision, stats)
+    cost = {
+        **precision_cost(precision, stats),
+        "attention_in_bf16": any(k.scheduled_by == "attention_bf16" for k in lowered.kernels),
+    }
     notes = [*lowered.notes, *([note] if note else []), *_cost_note(cost)]
     weights = sum(array.nbytes for array in lowered.weights.values())
     facts = {
@@ -240,9 +243,10 @@ def precision_cost(precision: str, stats: ErrorStats | None) -> dict[str, Any]:
 def _cost_note(cost: Mapping[str, Any]) -> list[str]:
     if cost["name"] == "fp32" or "cosine_min" not in cost:
         return []
+    attention = ", those of softmax attention in bf16" if cost["attention_in_bf16"] else ""
     return [
-        f"products with weights are computed in {cost['name']}: against the rewritten model in "
-        f"float32 the lowest cosine is {cost['cosine_min']:.5f} and the relative error "
+        f"products with weights are computed in {cost['name']}{attention}: against the rewritten "
+        f"model in float32 the lowest cosine is {cost['cosine_min']:.5f} and the relative error "
         f"{cost['relative_error']:.2%} on the example inputs (the error of the compiled code "
         "is this and rounding)"
     ]

@@ -47,17 +47,22 @@ class Bounded:
         total = kernel.panels * width
         peak = reduce_row(total, width, lambda j: self.squares[bg, j], tirx.max, 0.0)
         T.buffer_store(longest, peak, [0, 0])
-        lanes = kernel.lanes if kernel.D % kernel.lanes == 0 else 1
         with T.serial(0, rows) as i:
-            acc = scratch(1, lanes)
-            fill(acc, 1, lanes)
-            with T.serial(0, kernel.D // lanes) as o, T.vectorized(0, lanes) as x:
-                value = kernel.qs[i, o * lanes + x]
-                T.buffer_store(acc, acc[0, x] + value * value, [0, x])
-            bound = tirx.sqrt(fold(acc, lanes, lambda a, b: a + b) * longest[0, 0])
+            bound = tirx.sqrt(self.square(i) * longest[0, 0])
             T.buffer_store(self.start, tirx.min(f32(ROOM) - bound, f32(0.0)), [i, 0])
             with T.vectorized(0, width) as x:
                 T.buffer_store(self.parts, f32(0.0), [i, x])
+
+    def square(self, i: Any) -> Any:
+        """The squared length of query i of the task."""
+        kernel = self.kernel
+        lanes = kernel.lanes if kernel.D % kernel.lanes == 0 else 1
+        acc = scratch(1, lanes)
+        fill(acc, 1, lanes)
+        with T.serial(0, kernel.D // lanes) as o, T.vectorized(0, lanes) as x:
+            value = kernel.qs[i, o * lanes + x]
+            T.buffer_store(acc, acc[0, x] + value * value, [0, x])
+        return fold(acc, lanes, lambda a, b: a + b)
 
     def scores(self, b: Any, h: Any, row: Any, number: Any, block: Any) -> None:
         """Exponentials of one block's scores, straight from the register tiles, and their sums."""

@@ -127,14 +127,14 @@ def _int8_step(total: Any, row: Any, columns: Any, lanes: int) -> Any:
 def _bf16_step(total: Any, row: Any, columns: Any, lanes: int) -> Any:
     return tirx.call_pure_extern(
         f"float32x{lanes}",
-        _BF16_NAME,
+        BF16_DOT,
         total,
         row,
         tirx.reinterpret(f"int32x{lanes}", columns),
     )
 
 
-_BF16_NAME = "rewriter_dpbf16"
+BF16_DOT = "rewriter_dpbf16"
 
 
 def bf16_code(target: Target) -> str:
@@ -144,7 +144,7 @@ def bf16_code(target: Target) -> str:
     f, i, b = f"<{lanes} x float>", f"<{lanes} x i32>", f"<{2 * lanes} x bfloat>"
     return f"""
 declare {f} {called}({f}, {b}, {b})
-define {f} @{_BF16_NAME}({f} %c, {i} %a, {i} %b) #0 {{
+define {f} @{BF16_DOT}({f} %c, {i} %a, {i} %b) #0 {{
   %x = bitcast {i} %a to {b}
   %y = bitcast {i} %b to {b}
   %r = call {f} {called}({f} %c, {b} %x, {b} %y)

@@ -21,7 +21,6 @@ from tvm.tirx.script.builder import ir as T
 from codegen.kernels.attention import MINIMUM, TINY, AttentionFacts, broadcast, facts_of, wide
 from codegen.kernels.tiles import (
     ROWS,
-    build,
     fill,
     fold,
     imax,
@@ -36,10 +35,10 @@ from codegen.kernels.tiles import (
     vectors,
 )
 from codegen.kernels.vector_math import at_least, f32, vexp2_weight, vexp_weight
-from codegen.kernels.views import take_layout
 from codegen.rule import Rule
 from codegen.schedules._bounded_softmax import Bounded
 from codegen.schedules._common import threads
+from codegen.schedules._softmax_kernel import written
 from codegen.target import Target
 
 NAME = "attention"
@@ -179,21 +178,11 @@ class _Kernel:
         return imin(imax(row + self.offset - self.facts.window[0], 0), self.S) // self.width
 
     def _task(self, b: Any, h: Any, first_tile: Any) -> None:
-        row, most = first_tile * self.rows, self.share * self.rows
+        row = first_tile * self.rows
         number: Any = self.share
         if self.tiles % self.share:
             number = imin(self.share, self.tiles - first_tile)
-        self.qs, self.sc = scratch(most, self.D), scratch(most, self.block * self.width)
-        self.top, self.sum = scratch(most, 1), scratch(most, 1)
-        self.fade = scratch(most, 1)
-        self.ot = scratch(most, up(self.E, self.lanes))
-        with T.serial(0, number * self.rows) as i:
-            # Rows after the last repeat it and are not written back.
-            def put(d: Any, i: Any = i) -> None:
-                x = load(self.q, b, h, imin(row + i, self.T - 1), d)
-                T.buffer_store(self.qs, x * f32(self.scale), [i, d])
-
-            vectors(self.D, self.lanes, put)
+        self._rows(b, h, row, number * self.rows)
         self._zero(number)
         if self.first_try is None:
             self._with_maxima(b, h, row, number)
@@ -205,6 +194,25 @@ class _Kernel:
                 self._zero(number)
                 self._with_maxima(b, h, row, number)
         self._finish(b, h, row, number)
+
+    def _rows(self, b: Any, h: Any, row: Any, count: Any) -> None:
+        """Scratch of a task, and its `count` queries from `row` on."""
+        most = self.share * self.rows
+        self._queries(b, h, row, count, most)
+        self.top, self.sum = scratch(most, 1), scratch(most, 1)
+        self.fade = scratch(most, 1)
+        self.ot = scratch(most, up(self.E, self.lanes))
+
+    def _queries(self, b: Any, h: Any, row: Any, count: Any, most: int) -> None:
+        """Scaled queries, and room for their scores; `most` rows at most."""
+        self.qs, self.sc = scratch(most, self.D), scratch(most, self.block * self.width)
+        with T.serial(0, count) as i:
+            # Rows after the last repeat it and are not written back.
+            def put(d: Any, i: Any = i) -> None:
+                x = load(self.q, b, h, imin(row + i, self.T - 1), d)
+                T.buffer_store(self.qs, x * f32(self.scale), [i, d])
+
+            vectors(self.D, self.lanes, put)
 
     def _zero(self, number: Any) -> None:
         with T.serial(0, number * self.rows) as i:
@@ -315,12 +323,15 @@ class _Kernel:
                 T.buffer_store(self.sc, self.power(self.sc[row, j] - new[0, 0]), [row, j])
             with T.vectorized(0, width) as x:
                 T.buffer_store(acc, acc[0, x] + self.sc[row, o * width + x], [0, x])
-        z = fold(acc, width, lambda a, b: a + b)
+        self._follow(row, new[0, 0], fold(acc, width, lambda a, b: a + b))
+
+    def _follow(self, row: Any, new: Any, z: Any) -> None:
+        """The row's maximum is now `new`, and weights below it that sum to `z` were added."""
         if self.block == self.panels:
             T.buffer_store(self.sum, z, [row, 0])
             return
-        T.buffer_store(self.fade, self.power(self.top[row, 0] - new[0, 0]), [row, 0])
-        T.buffer_store(self.top, new[0, 0], [row, 0])
+        T.buffer_store(self.fade, self.power(self.top[row, 0] - new), [row, 0])
+        T.buffer_store(self.top, new, [row, 0])
         T.buffer_store(self.sum, self.sum[row, 0] * self.fade[row, 0] + z, [row, 0])
 
     def _values(
@@ -379,20 +390,11 @@ def apply(func: Any, target: Target) -> Any | None:
     data = facts_of(func, NAME)
     if data is None:
         return None
-    layout = take_layout(data, 3)
-    facts = AttentionFacts.from_json(data)
 
-    def body(*args: Any) -> None:
-        *inputs, out = args
-        if layout is None:
-            (q, k, v), rest = inputs[:3], inputs[3:]
-        else:
-            (q, k, v), rest = layout.split(inputs)
-            out = layout.output(out, (*q.shape[:3], v.shape[3]))
-        key_mask, bias = facts.split(rest)
-        _Kernel(facts, target, q, k, v, key_mask, bias, out).write()
+    def write(facts: AttentionFacts, *tensors: Any) -> None:
+        _Kernel(facts, target, *tensors).write()
 
-    return tvm.s_tir.Schedule(build(func, body))
+    return tvm.s_tir.Schedule(written(func, data, write))
 
 
 RULE = Rule(NAME, apply, kinds=("cpu", "edge"), order=10)

@@ -18,7 +18,11 @@ Session = Annotated[
     Path | None, typer.Option("--session", help="Apply the records of a tuning session.")
 ]
 Precision = Annotated[
-    str, typer.Option("--precision", help="Of products with weights: fp32, bf16 or int8.")
+    str,
+    typer.Option(
+        "--precision",
+        help="Of products with weights: fp32, bf16 or int8 (softmax attention: bf16 for both).",
+    ),
 ]
 Unscheduled = Annotated[
     bool, typer.Option("--allow-unscheduled", help="Let kernels without a schedule through (slow).")

@@ -54,8 +54,9 @@ class Trial:
     def spec(self) -> Any:
         return self.form.spec(self.case.site)
 
-    def build(self) -> BuiltForm:
-        return build_form(self.form, self.spec, self.params, self.arrays, self.target)
+    def build(self, precision: str = "fp32") -> BuiltForm:
+        given = (self.spec, self.params, self.arrays, self.target)
+        return build_form(self.form, *given, precision)
 
     def run(self, built: BuiltForm | None = None) -> np.ndarray:
         return run_built(built or self.build(), self.arrays, self.params)
