@@ -20,6 +20,7 @@ from codegen.projections import merge_projections
 from codegen.specs import TensorSpec
 from codegen.target import Target
 from passes.errors import LoweringError
+from passes.graph_copy import without_torchs_own_warnings
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -102,7 +103,7 @@ def _decomposed(ep: ExportedProgram) -> ExportedProgram:
         if str(op).removeprefix("aten.") in KEPT:
             table.pop(op)
     notes = ep.graph_module.meta.get("rewriter_notes", ())
-    with torch.no_grad():
+    with torch.no_grad(), without_torchs_own_warnings():
         done: ExportedProgram = ep.run_decompositions(table)
     if done is ep:
         done = copy.copy(ep)

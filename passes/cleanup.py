@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import fx
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from passes.graph_copy import deep_copy
 from passes.ops import has_tensor, hint, is_inplace, op_of, source
 from passes.trace_inputs import check_call
 from passes.traced import Traced
@@ -20,7 +20,7 @@ _VIEWS = frozenset({"view", "slice", "select", "transpose", "permute", "expand",
 
 def copy_module(module: GraphModule) -> GraphModule:
     """A new graph on the same parameters, buffers, submodules and input checks."""
-    copied = fx.GraphModule(module, copy.deepcopy(module.graph))
+    copied = fx.GraphModule(module, deep_copy(module.graph))
     copied.meta.update(module.meta)
     torch.nn.Module.train(copied, module.training)
     if check_call in module._forward_pre_hooks.values():

@@ -28,6 +28,7 @@ from passes.canonicalise import canonicalise
 from passes.decode_form import StateSpec, Streaming
 from passes.errors import FormError, LoweringError, ModelError, RewriterError
 from passes.find import find
+from passes.graph_copy import deep_copy
 from passes.linear_seal import seal_linears
 from passes.linears import linear_modules
 from passes.rewire import SHARED
@@ -133,7 +134,7 @@ def seal_step(model: Any, rewritten: Rewritten, *, tokens: int, length: int) -> 
     check_streams(rewritten)
     traced = _trace(model, _batch(rewritten), tokens)
     sites = _sites(traced, rewritten)
-    module = GraphModule(traced.module, copy.deepcopy(traced.module.graph))
+    module = GraphModule(traced.module, deep_copy(traced.module.graph))
     _take_weights(module, rewritten.module)
     seal_linears(module, linear_modules(rewritten.module))
     states = _rewire(module, sites, rewritten, length)

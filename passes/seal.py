@@ -7,7 +7,6 @@ traced example sizes, as lowering needs them.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import functools
 import re
@@ -20,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.errors import LoweringError
 from passes.form import Form, FormSpec, form_named
+from passes.graph_copy import deep_copy
 from passes.linear_seal import SealedLinear, is_linear_op
 from passes.linears import LinearModule
 from passes.substitute import AttentionModule, Rewritten
@@ -165,7 +165,7 @@ def _named_inputs(traced: Traced) -> dict[str, Any]:
 
 def _inference_copy(module: GraphModule) -> tuple[GraphModule, list[str]]:
     """The graph with ops for attention modules and without dropout; tensors shared."""
-    graph = copy.deepcopy(module.graph)
+    graph = deep_copy(module.graph)
     dropped = _drop_dropout(graph)
     sealed = GraphModule(module, graph)
     for name, child in module.named_modules():

@@ -6,7 +6,6 @@ meets one kind of node.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from passes.builder import Builder
 from passes.errors import FormError, PlanError, UnmatchedRule
 from passes.form import Form, form_named
 from passes.forms.exact import Exact
+from passes.graph_copy import deep_copy
 from passes.ops import HIDDEN
 from passes.own_random import own_random
 from passes.plan import KEEP, Choice, Plan
@@ -178,7 +178,7 @@ def revert(rewritten: Rewritten, site_id: str, why: str = "") -> AttentionModule
 
 def _copied(module: GraphModule, memo: dict[int, Any] | None = None) -> GraphModule:
     """A deep copy with its input checks; torch's own drops the hooks of a GraphModule."""
-    made: GraphModule = copy.deepcopy(module, memo)
+    made: GraphModule = deep_copy(module, memo)
     made._forward_pre_hooks = module._forward_pre_hooks.copy()
     made._forward_pre_hooks_with_kwargs = module._forward_pre_hooks_with_kwargs.copy()
     return made

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.fx import Node
 
+from passes.graph_copy import deep_copy
 from passes.substitute import Rewritten, revert
 from rewriter.fidelity import Fidelity
 from rewriter.fit_model import projections
@@ -43,7 +43,7 @@ def revert_worst(
 
 
 def _trial(rewritten: Rewritten, site: str, measure: Measure) -> Fidelity:
-    trial = copy.deepcopy(rewritten)
+    trial = deep_copy(rewritten)
     take_back(trial, site, "")
     return measure(trial.module)
 

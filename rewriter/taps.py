@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+
+from passes.graph_copy import deep_copy
 
 
 class Tap(nn.Module):
@@ -27,7 +28,7 @@ class Tapped:
     """
 
     def __init__(self, module: GraphModule, nodes: Sequence[Node]) -> None:
-        self.module = GraphModule(module, copy.deepcopy(module.graph))
+        self.module = GraphModule(module, deep_copy(module.graph))
         by_name = {n.name: n for n in self.module.graph.nodes}
         self.taps = [Tap() for _ in nodes]
         for index, (tap, node) in enumerate(zip(self.taps, nodes, strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -262,3 +263,14 @@ def test_nothing_touches_the_users_random_state(by_hand: bool, shapes: Any) -> N
     made.put(found.sites[0].id, form_named("elu"))
     seal(made)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_user_sees_no_warnings_of_torch_about_itself() -> None:
+    from codegen.frontend import to_relax
+    from codegen.target import target_named
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        traced, found = find_sites(_Viewed().eval(), (torch.randn(2, 33, 40),))
+        made = substitute(traced, found.sites, make_plan(found, form="hedgehog"))
+        to_relax(seal(made), target_named("cpu"))
