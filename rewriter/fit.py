@@ -23,6 +23,7 @@ from rewriter.capture import Call, capture
 from rewriter.fidelity import Fidelity, Metric, compare, run_outputs
 from rewriter.fit_block import block_task
 from rewriter.fit_loop import Clock, Loop, Task
+from rewriter.fit_memory import kept_pages
 from rewriter.fit_model import end_task, form_prefix, model_gap, only, teacher_of, trainable
 from rewriter.fit_report import FitReport, Recipe, Revert, SiteFit, Stage
 from rewriter.fit_site import (
@@ -86,7 +87,7 @@ def fit(
     held = None if held_out is None else check_batches(held_out, rewritten.traced, "held-out data")
     run = _Run(rewritten, data, held, seconds, state_dir, seed, metric, progress, recipe, clock)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), kept_pages():
             return run.all(max_drop)
     except KeyboardInterrupt:
         run.save()

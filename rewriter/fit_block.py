@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.substitute import Rewritten
 from rewriter.fit_loop import Task, shuffled
-from rewriter.fit_model import form_names, half, projection_names, with_rates
+from rewriter.fit_model import form_names, half, projection_names, room, with_rates
 from rewriter.fit_precision import arithmetic
 from rewriter.fit_report import Recipe
 from rewriter.linears import hidden_nodes, input_projections, output_projection, site_node
@@ -133,6 +133,8 @@ class Activations:
         with arithmetic(self.precision, self.model.module):
             _, values = self.model(**self.batches[index])
         made = dict(zip(self.names, values, strict=True))
+        if self.held + room(values) > self.most:
+            return made
         small = {n: _small(v) for n, v in made.items()}
         self.halved |= {n for n, v in made.items() if _dtype(v) != _dtype(small[n])}
         tensors = [v for v in small.values() if isinstance(v, Tensor)]

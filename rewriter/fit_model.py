@@ -20,6 +20,7 @@ from rewriter.taps import Tapped
 
 Batches = Sequence[Mapping[str, Tensor]]
 Targets = tuple[list[Tensor], list[Tensor]]  # outputs, hidden states
+HALF_MOST = torch.finfo(torch.float16).max
 
 
 def teacher_of(rewritten: Rewritten) -> Rewritten:
@@ -48,20 +49,28 @@ class Teacher:
             return self.kept[index]
         with arithmetic(self.precision, self.model.module):
             outputs, hidden = self.model(**self.batches[index])
+        made = (floating(outputs), hidden)
+        if self.held + room(hidden) > self.max_bytes:
+            return made
         # float16 holds what float32 activations say to three digits; larger values stay as they are
-        small = [half(t) for t in hidden]
-        made = (floating(outputs), small)
-        size = sum(t.numel() * t.element_size() for part in made for t in part)
+        small = (made[0], [half(t) for t in hidden])
+        size = sum(t.numel() * t.element_size() for part in small for t in part)
         if self.held + size <= self.max_bytes:
-            self.kept[index] = made
+            self.kept[index] = small
             self.held += size
-        return made
+        return small
+
+
+def room(values: Iterable[Any]) -> int:
+    """Bytes that the tensors among `values` take at least when they are kept as float16."""
+    return sum(v.numel() * min(v.element_size(), 2) for v in values if isinstance(v, Tensor))
 
 
 def half(value: Tensor) -> Tensor:
     """`value` as float16, or as it is where that would overflow."""
-    small = value.half()
-    return small if bool(torch.isfinite(small).all()) else value
+    low, high = torch.aminmax(value)
+    fits = float(low) >= -HALF_MOST and float(high) <= HALF_MOST  # not so for NaN
+    return value.half() if fits else value
 
 
 def end_task(

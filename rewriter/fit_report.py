@@ -27,10 +27,10 @@ class Recipe:
 
     site_share: float = 0.06
     sequential_share: float = 0.0
-    block_share: float = 0.5
+    block_share: float = 0.4
     site_lr: float = 5e-2
-    block_form_lr: float = 2e-2
-    block_weight_lr: float = 2e-3
+    block_form_lr: float = 1e-2
+    block_weight_lr: float = 5e-4
     form_lr: float = 1e-3
     weight_lr: float = 5e-5
     scales: tuple[float, ...] = (1.0, 2.0, 3.0)

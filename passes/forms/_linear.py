@@ -129,10 +129,9 @@ def linear_attention(
 
 
 def _whole(fq: torch.Tensor, fk: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
-    state = fk.transpose(-1, -2) @ v  # [B, G, R, E]
-    z = fk.sum(-2)[..., None]  # [B, G, R, 1]
-    top, bottom = fq @ state[:, :, None], fq @ z[:, :, None]
-    return top / bottom.clamp_min(eps)
+    ones = F.pad(v, (0, 1), value=1.0)  # the denominator rides along: features are read once
+    both = fq @ (fk.transpose(-1, -2) @ ones)[:, :, None]  # [B, G, H/G, T, E + 1]
+    return both[..., :-1] / both[..., -1:].clamp_min(eps)
 
 
 def _causal(fq: torch.Tensor, fk: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
