@@ -54,7 +54,7 @@ def test_killed_session_goes_on_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.tune.run_tune", str(folder), str(MINUTES)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
-        wait_for(folder, 8, process)
+        wait_for(folder, 3, process)
         with pytest.raises(TuningError, match="another process is tuning here"):
             Lock(folder)
         workers = psutil.Process(process.pid).children(recursive=True)
