@@ -13,7 +13,7 @@ import numpy as np
 from tvm import ir, relax
 from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
 
-from codegen.kernels import conv, dense, quantized
+from codegen.kernels import activations, conv, dense, quantized
 from codegen.legalize import as_constant, dtype_of
 from codegen.target import Target
 
@@ -40,10 +40,11 @@ def _shape(value: Any) -> list[int]:
 
 @visitor
 class _ConstantUses(PyExprVisitor):  # type: ignore[misc]
-    """Which constants are read by something else than the right side of a product."""
+    """Which constants and values are read by something else than one side of a product."""
 
     def __init__(self) -> None:
         self.definitions: dict[Any, Any] = {}
+        self.read: set[Any] = set()  # values that are not only the left side of products
         self.elsewhere: set[int] = set()
         self._products: dict[int, Any] = {}
 
@@ -56,9 +57,15 @@ class _ConstantUses(PyExprVisitor):  # type: ignore[misc]
         if name == "relax.permute_dims" and isinstance(op.args[0], ir.GenericConst):
             return
         for at, arg in enumerate(op.args):
-            packable = name == "relax.matmul" and at == 1
-            if not (packable and isinstance(arg, ir.GenericConst)):
+            kind = relax.Var if at == 0 else ir.GenericConst
+            if not (name == "relax.matmul" and isinstance(arg, kind)):
                 self.visit_expr(arg)
+
+    def visit_var_(self, op: Any) -> None:
+        self.read.add(op)
+
+    def visit_dataflow_var_(self, op: Any) -> None:
+        self.read.add(op)
 
     def visit_generic_const_(self, op: Any) -> None:
         self.elsewhere.add(_identity(op))
@@ -75,13 +82,15 @@ class _Prepack(PyExprMutator):  # type: ignore[misc]
         super().__init__(mod)
         self.target, self.uses, self.precision = target, uses, precision
         self.converted: dict[Any, Any] = {}  # rows in the precision's own form, by their source
+        self.coarse: dict[Any, Any] = {}  # activations made for such rows alone, by the exact ones
 
     def visit_call_(self, call: Any) -> Any:
+        rows_only = bool(call.args) and call.args[0] not in self.uses.read
         call = self.visit_expr_post_order(call)
         name = getattr(call.op, "name", "")
         made = None
         if name == "relax.matmul":
-            made = self._matmul(call)
+            made = self._matmul(call, rows_only)
         elif name == "relax.nn.conv2d":
             made = self._conv2d(call)
         elif name == "relax.nn.conv1d":
@@ -90,7 +99,7 @@ class _Prepack(PyExprMutator):  # type: ignore[misc]
 
     # matrix products
 
-    def _matmul(self, call: Any) -> Any | None:
+    def _matmul(self, call: Any, rows_only: bool) -> Any | None:
         x, y = call.args
         if self.target.kind == "gpu":  # its rule takes the product as it is
             return None
@@ -100,6 +109,8 @@ class _Prepack(PyExprMutator):  # type: ignore[misc]
         if weight is None:
             return self._batch(x, y)
         shape = _shape(x)
+        if rows_only and shared is None and self.precision != "fp32":
+            x = self._coarse(x)
         flat = self._rows(x)
         if shared is not None:
             result = self._te(
@@ -127,6 +138,18 @@ class _Prepack(PyExprMutator):  # type: ignore[misc]
         return self._te(
             lambda a, w: dense.dense(a, w, columns, self.target), x, packed, name="dense"
         )
+
+    def _coarse(self, x: Any) -> Any:
+        """`x`, or if it is a GELU one within the rounding that comes next."""
+        value = self._definition(x)
+        if getattr(getattr(value, "op", None), "name", "") != "relax.nn.gelu":
+            return x
+        if x not in self.coarse:
+            define = activations.elementwise(activations.gelu_coarse, "gelu_coarse")
+            self.coarse[x] = self.builder_.emit_te(
+                define, value.args[0], primfunc_name_hint="gelu_coarse"
+            )
+        return self.coarse[x]
 
     def _int8(self, x: Any, weight: Any, width: int) -> Any:
         codes, scale = quantized.quantize_weight(weight)

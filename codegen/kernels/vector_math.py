@@ -82,7 +82,8 @@ def at_most(x: Any, high: float) -> Any:
     return tirx.Select(x > f32(high), f32(high), x)
 
 
-def _horner(x: Any, coefficients: tuple[float, ...]) -> Any:
+def horner(x: Any, coefficients: tuple[float, ...]) -> Any:
+    """The polynomial in x with these coefficients, the highest power first."""
     y = f32(coefficients[0])
     for c in coefficients[1:]:
         y = y * x + f32(c)
@@ -93,7 +94,7 @@ def _exp_parts(x: Any) -> tuple[Any, Any]:
     """(e^r, n) with x = n ln 2 + r, |r| <= ln(2)/2; n an int32 expression."""
     n = tirx.nearbyint(x * f32(_LOG2E))
     r = x - n * f32(_LN2_HIGH) - n * f32(_LN2_LOW)
-    return _horner(r, _EXP) * r * r + r + f32(1.0), tirx.Cast("int32", n)
+    return horner(r, _EXP) * r * r + r + f32(1.0), tirx.Cast("int32", n)
 
 
 def _two_to(n: Any, bias: int) -> Any:
@@ -128,7 +129,7 @@ def vexp_weight(x: Any) -> Any:
     t = tirx.reinterpret("int32", c * f32(_LOG2E) + f32(_SHIFT))
     r = c - (tirx.reinterpret("float32", t) - f32(_SHIFT)) * f32(_LN2)
     bits = t << tirx.const(23, "int32")
-    return _horner(r, _EXP5) * tirx.reinterpret("float32", bits)
+    return horner(r, _EXP5) * tirx.reinterpret("float32", bits)
 
 
 def vexp2_weight(x: Any) -> Any:
@@ -141,18 +142,18 @@ def vexp2_weight(x: Any) -> Any:
     t = tirx.reinterpret("int32", c + f32(_SHIFT))
     r = c - (tirx.reinterpret("float32", t) - f32(_SHIFT))
     bits = t << tirx.const(23, "int32")
-    return _horner(r, _EXP2) * tirx.reinterpret("float32", bits)
+    return horner(r, _EXP2) * tirx.reinterpret("float32", bits)
 
 
 def verf(x: Any) -> Any:
     """erf(x); relative error below 5e-7; |x| > 4 gives +-1; NaN kept."""
     c = at_most(at_least(x, -4.0), 4.0)
     s = c * c
-    return c * _horner(s, _ERF_NUM) / _horner(s, _ERF_DEN)
+    return c * horner(s, _ERF_NUM) / horner(s, _ERF_DEN)
 
 
 def vtanh(x: Any) -> Any:
     """tanh(x); relative error below 5e-7; |x| > 9 gives +-1; NaN kept."""
     c = at_most(at_least(x, -9.0), 9.0)
     s = c * c
-    return c * _horner(s, _TANH_NUM) / _horner(s, _TANH_DEN)
+    return c * horner(s, _TANH_NUM) / horner(s, _TANH_DEN)

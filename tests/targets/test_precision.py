@@ -218,7 +218,7 @@ def test_tied_weights_stay_float32():
     result = lower(to_relax(exported, target), target, precision="int8")
     assert {k.scheduled_by for k in result.kernels} >= {"dense", "dense_int8"}
     (got,) = run(result, (ids,), target)
-    assert np.abs(got - model(ids).detach().numpy()).max() < 0.1
+    assert np.abs(got - model(ids).detach().numpy()).max() < 0.25
 
 
 @VNNI
