@@ -16,6 +16,7 @@ from codegen import legalize, tvm_env
 from codegen.frontend import Imported
 from codegen.graph_passes.attention_pairs import attention_pairs
 from codegen.graph_passes.channels_last import channels_last
+from codegen.graph_passes.row_chain import row_chains
 from codegen.kernel_cache import Entry, KernelCache, key_of
 from codegen.lift import lift_constants
 from codegen.memory import Memory, planned
@@ -166,6 +167,7 @@ def fuse(mod: Any, target: Target, precision: str = "fp32") -> tuple[Any, dict[s
     legalize.install()
     t = relax.transform
     mod = channels_last(t.DecomposeOpsForInference()(mod), target)
+    mod = row_chains(mod, target, precision)
     mod = attention_pairs(prepack(mod, target, precision), target, precision)
     before = [
         t.CanonicalizeBindings(),
