@@ -54,14 +54,14 @@ def _image(model: str, side: int, patch: int, *more: Variant, seconds: float = 7
 
 
 WORKLOADS: tuple[Workload, ...] = (
-    _text("minilm", 16),
-    _text("minilm", 128),
+    _text("minilm", 16, BF16),
+    _text("minilm", 128, BF16),
     _text("minilm", 512, BF16, INT8),
     _text("minilm", 128, batch=8),
     _text("bert-base", 512, seconds=110),
     _image("deit-tiny", 224, 16),
     _image("deit-tiny", 512, 16),
-    _image("deit-tiny", 1024, 16, HEDGEHOG_BF16, seconds=160),
+    _image("deit-tiny", 1024, 16, BF16, HEDGEHOG_BF16, seconds=170),
     _image("deit-small", 224, 16, seconds=80),
     _image("pvt_v2_b0", 224, 4, seconds=100),
     _text("gpt2", 1024, seconds=120),

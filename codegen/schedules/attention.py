@@ -53,13 +53,13 @@ def block_panels(total: int, width: int, l1_bytes: int) -> int:
     return -(-total // -(-total // most))
 
 
-def tiles_per_task(heads: int, tiles: int, workers: int) -> int:
+def tiles_per_task(heads: int, tiles: int, workers: int, most: int = TILES) -> int:
     """Row tiles of a task: many share what is in the cache, but all threads get as many."""
 
     def cost(n: int) -> float:
-        return -(-heads * -(-tiles // n) // workers) * n * (1 + 0.04 * (TILES / n - 1))
+        return -(-heads * -(-tiles // n) // workers) * n * (1 + 0.04 * (most / n - 1))
 
-    return min(range(1, min(TILES, tiles) + 1), key=cost)
+    return min(range(1, min(most, tiles) + 1), key=cost)
 
 
 @dataclass

@@ -25,11 +25,13 @@ from codegen.kernels.vector_math import f32
 from codegen.rule import Rule
 from codegen.schedules import _pairs as two
 from codegen.schedules._bounded_softmax import Bounded
+from codegen.schedules._common import threads
 from codegen.schedules._softmax_kernel import written
-from codegen.schedules.attention import _LOG2E, _Block, _Kernel, block_panels
+from codegen.schedules.attention import _LOG2E, _Block, _Kernel, block_panels, tiles_per_task
 from codegen.target import Target
 
 NAME = "attention_bf16"
+TILES = 8  # most row tiles of a task: their weights take half of what float32 ones do
 
 
 class _BoundedPairs(Bounded):
@@ -81,6 +83,8 @@ class _Pairs(_Kernel):
         assert self.width == two.CHUNK
         self.depth, self.padded = -(-self.D // 2), up(self.D, two.CHUNK)
         self.block = block_panels(self.panels, self.width, 2 * self.target.l1_bytes)
+        heads, workers = self.B * self.H, threads(self.target)
+        self.share = tiles_per_task(heads, self.tiles, workers, TILES)
 
     def _pack(self) -> None:
         """K [B G, S/width, D/2, width], V [B G, E/width, S/2, width] as pairs; what is hidden."""
