@@ -83,8 +83,9 @@ class _Pairs(_Kernel):
         assert self.width == two.CHUNK
         self.depth, self.padded = -(-self.D // 2), up(self.D, two.CHUNK)
         self.block = block_panels(self.panels, self.width, 2 * self.target.l1_bytes)
-        heads, workers = self.B * self.H, threads(self.target)
-        self.share = tiles_per_task(heads, self.tiles, workers, TILES)
+        if self.facts.window is None:  # all tiles of a task go through what the first one sees
+            heads, workers = self.B * self.H, threads(self.target)
+            self.share = tiles_per_task(heads, self.tiles, workers, TILES)
 
     def _pack(self) -> None:
         """K [B G, S/width, D/2, width], V [B G, E/width, S/2, width] as pairs; what is hidden."""
