@@ -28,10 +28,15 @@ def convert_index_select(node: Any, importer: Any) -> Any:
     """``aten.index_select(x, dim, index)``."""
     x, index = importer.env[node.args[0]], importer.env[node.args[2]]
     axis = int(node.args[1]) % x.ty.ndim
+    safe = index if axis == 0 else _wrapped(importer, index, shape_of(x)[axis])
+    return _taken(importer, x, safe, axis)
+
+
+def _taken(importer: Any, x: Any, index: Any, axis: int) -> Any:
+    """Slices of `x` along `axis`, in the places of `index`'s axes."""
     if axis == 0:
         return _rows(importer, x, index)
-    taken = relax.op.take(x, _wrapped(importer, index, shape_of(x)[axis]), axis, mode="clip")
-    return importer.block_builder.emit(taken)
+    return importer.block_builder.emit(relax.op.take(x, index, axis, mode="clip"))
 
 
 def _wrapped(importer: Any, index: Any, size: int) -> Any:
@@ -47,18 +52,22 @@ def convert_index(node: Any, importer: Any) -> Any:
     """``aten.index.Tensor(x, indices)`` with integer indices; None stands for a whole axis."""
     x, indices = importer.env[node.args[0]], node.args[1]
     saved: dict[Any, Any] = {}
-    given = [i for i in indices if i is not None]
-    if len(given) == 1 and indices[0] is not None:
-        index = _wrapped(importer, importer.env[given[0]], shape_of(x)[0])
-        return _rows(importer, x, index)
+    given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
+    if len(given) == 1 and _whole(importer, given[0][1]):
+        ((axis, index),) = given
+        return _taken(importer, x, _wrapped(importer, importer.env[index], shape_of(x)[axis]), axis)
     for axis, index in enumerate(indices):
-        if index is not None and str(importer.env[index].ty.dtype) in _INTEGERS:
+        if index is not None and _whole(importer, index):
             saved.setdefault(index, importer.env[index])
             importer.env[index] = _wrapped(importer, saved[index], shape_of(x)[axis])
     try:
         return importer._index_tensor(node)
     finally:
         importer.env.update(saved)
+
+
+def _whole(importer: Any, index: Any) -> bool:
+    return str(importer.env[index].ty.dtype) in _INTEGERS
 
 
 def convert_gather(node: Any, importer: Any) -> Any:

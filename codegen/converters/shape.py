@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm import relax
 
-from codegen.converters import shape_of
+from codegen.converters import argument, shape_of
 
 
 def before_reshape(importer: Any, value: Any) -> Any:
@@ -67,7 +67,17 @@ def convert_transpose(node: Any, importer: Any) -> Any:
     return transposed(importer, x, tuple(order))
 
 
+def convert_cat(node: Any, importer: Any) -> Any:
+    """``aten.cat``; empty parts (beside a rotation of all channels, say) are left out."""
+    every = [importer.env[part] for part in node.args[0]]
+    parts = [x for x in every if math.prod(shape_of(x))] or every[:1]
+    if len(parts) == 1:
+        return parts[0]
+    return importer.block_builder.emit(relax.op.concat(parts, int(argument(node, 1, "dim", 0))))
+
+
 CONVERTERS = {
+    "cat.default": convert_cat,
     "permute.default": convert_permute,
     "transpose.int": convert_transpose,
     "view.default": convert_view,

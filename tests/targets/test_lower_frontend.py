@@ -39,6 +39,21 @@ def test_advanced_index_gather_and_select():
     check(Apply(fn), torch.randn(6, 6), torch.tensor([1, 0, 5, 2, 3, 4]))
 
 
+def test_an_index_on_another_axis_is_a_slice_of_it():
+    def fn(x, i):
+        return x[..., [-2], :], x[:, :, i], x[:, [[0, -1], [1, 1]]]
+
+    check(Apply(fn), torch.randn(3, 5, 6), torch.tensor([1, 0, 5, -2]))
+
+
+def test_empty_parts_add_nothing_to_others():
+    def fn(x):
+        rotated, passed = x[..., :6] * 2, x[..., 6:]
+        return torch.cat([rotated, passed], -1) + 1, torch.cat([passed, x, x[..., :0]], dim=2)
+
+    check(Apply(fn), torch.randn(2, 3, 6))
+
+
 def test_none_inputs_and_none_outputs_are_dropped():
     class Model(nn.Module):
         def forward(self, x, mask=None, *, flag=True):

@@ -122,6 +122,11 @@ ENTRIES = (
         sites(_DECODER, 2, "causal+padding", _GROUPED), dynamic=MASKED, resize=RESIZE,
     ),
     Entry(
+        "Phi-3 (one projection of q, k, v)",
+        lambda attn: masked("Phi3Model", {**_LLAMA, "pad_token_id": 0}, attn),
+        sites(_DECODER, 2, "causal+padding", _GROUPED), dynamic=MASKED, resize=RESIZE,
+    ),
+    Entry(
         "Gemma 2 (logits through tanh)",
         lambda attn: masked("Gemma2Model", {**_LLAMA, "head_dim": D}, attn), (), attn=EAGER,
         near_misses=("tanh", "tanh"),
