@@ -27,8 +27,10 @@ from codegen.kernels.tiles import (
     vectors,
 )
 from codegen.kernels.vector_math import _EXP5, _SHIFT, at_least, at_most, f32
+from codegen.schedules._fetch import fetch_row
 
 Seen = Callable[[Any], Any]
+AHEAD = 64  # tokens from asking for a row to reading it; 32 and 128 are no different
 _LOG2E = math.log2(math.e)
 # 2^r for |r| <= 1/2: even and odd powers, highest first.
 _POWERS = [c * math.log(2) ** (5 - n) for n, c in enumerate(_EXP5)]
@@ -59,6 +61,10 @@ class Rows:
         """
         raise NotImplementedError
 
+    def fetch(self, b: Any, h: Any, token: Any) -> None:
+        """Ask for the row that comes `AHEAD` tokens after `token`."""
+        fetch_row(self.x, b, h, imin(token + AHEAD, self.T - 1))
+
     def token(self, i: Any) -> Any:
         """A token that exists."""
         return imin(i, self.T - 1) if self.ragged else i
@@ -75,6 +81,7 @@ class Elu(Rows):
         """See `Rows`."""
         with T.serial(0, tiles * self.rows) as i:
             token = first + i
+            self.fetch(b, h, token)
 
             def put(d: Any) -> None:
                 y = load(self.x, b, h, self.token(token), d)
@@ -128,6 +135,8 @@ class Pair(Rows):
         with T.serial(0, tiles) as t:
             z = scratch(self.rows, self.half)
             row = t * self.rows
+            with T.serial(0, self.rows) as i:
+                self.fetch(b, h, first + row + i)
             for at, (r0, width) in enumerate(self.columns):
                 tile(
                     lambda i, d: load(self.x, b, h, self.token(first + row + i), d),

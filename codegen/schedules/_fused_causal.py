@@ -16,6 +16,7 @@ from codegen.kernels.folds import power_of_two
 from codegen.kernels.linear_attention import CHUNK
 from codegen.kernels.tiles import ROWS, fill, imax, imin, scratch, store, tile, up, vectors
 from codegen.kernels.vector_math import f32
+from codegen.schedules._fetch import fetching
 from codegen.schedules._fused_linear import Part, Shared
 
 AGAIN = 0.4  # cost of adding a chunk to a state, in parts of all that is done for it
@@ -45,7 +46,7 @@ class Causal(Shared):
         entries = self.olds + self.pieces - 1
         self.state = scratch(heads, entries, self.F, self.Ep)
         self.norm = scratch(heads, entries, self.F)
-        with T.parallel(0, heads * entries) as n:
+        with T.parallel(0, heads * entries, annotations=fetching(self.target)) as n:
             self._sum(n // entries, n % entries)
         if entries > 1:
             with T.parallel(0, heads) as bg:

@@ -22,7 +22,8 @@ from codegen.kernels.tiles import (
 )
 from codegen.kernels.vector_math import f32
 from codegen.schedules._common import threads
-from codegen.schedules._features import Elu, Pair, Rows
+from codegen.schedules._features import AHEAD, Elu, Pair, Rows
+from codegen.schedules._fetch import fetch_row
 from codegen.target import Target
 
 KEYS = 64  # of one block
@@ -37,7 +38,7 @@ class Shared:
     norm: Any  # [heads, entries, F]
 
     def __init__(self, facts: FusedFacts, target: Target, args: list[Any], out: Any) -> None:
-        self.facts, self.lanes = facts, target.lanes
+        self.facts, self.target, self.lanes = facts, target, target.lanes
         # Two vectors a row are accumulated in registers, beside operands.
         self.height = ROWS if target.vector_registers >= 4 * ROWS else ROWS // 2
         self.q, self.k, self.v, *rest = args
@@ -79,6 +80,7 @@ class Shared:
                     value = tirx.Select(seen(j), value, f32(0.0))
                 T.buffer_store(into, value, [i, e])
 
+            fetch_row(self.v, b, g, imin(j + AHEAD, self.S - 1))
             vectors(self.E, self.lanes, put)
             if self.Ep > self.E:
                 with T.serial(self.E, self.Ep) as e:

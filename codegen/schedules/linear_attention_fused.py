@@ -18,6 +18,7 @@ from codegen.kernels.fused_linear import FusedFacts
 from codegen.kernels.tiles import build, imin, scratch, tile, up, vectors
 from codegen.kernels.views import take_layout
 from codegen.rule import Rule
+from codegen.schedules._fetch import fetching
 from codegen.schedules._fused_causal import Causal
 from codegen.schedules._fused_linear import KEYS, QUERIES, Part, Shared
 from codegen.target import Target
@@ -48,7 +49,7 @@ class Whole(Shared):
         self.state = scratch(heads, self.pieces, self.F, self.Ep)
         self.norm = scratch(heads, self.pieces, self.F)
         share = -(-blocks // self.pieces)
-        with T.parallel(0, heads * self.pieces) as n:
+        with T.parallel(0, heads * self.pieces, annotations=fetching(self.target)) as n:
             bg, piece = n // self.pieces, n % self.pieces
             first = piece * share * self.size
             last = imin(first + share * self.size, self.S)
