@@ -1,9 +1,9 @@
 """What a form costs, from its closed count, and how faithful it was measured to be, from records.
 
 The records are JSON files in ``rewriter/records/`` (``python -m benchmarks.forms`` writes
-``form_fidelity.json``; ``form_after_fit.json`` holds the same columns after a fit, where it is
-there). Each has "settings" (a sentence about how it was measured) and "forms" by name, each with
-"output_error", "cosine" or "why".
+``form_fidelity.json``, with ``--fit`` ``form_after_fit.json``). Each has "settings" (a sentence
+about how it was measured) and "forms" by name, each with "output_error" (not after a fit, which
+changes the weights that make queries, keys and values), "cosine" or "why".
 """
 
 from __future__ import annotations
@@ -84,15 +84,19 @@ def told_fidelity(found: dict[str, Any]) -> str:
         elif row.get("why"):
             parts.append(f"{when} none ({row['why']})")
         else:
-            error, cosine = (_number(row.get(key)) for key in ("output_error", "cosine"))
-            parts.append(f"{when} output error {error}, cosine {cosine}")
+            error = _number(row.get("output_error"))
+            told = f" output error {error}," if error else ""
+            parts.append(f"{when}{told} cosine {_number(row.get('cosine'))}")
     return "; ".join(parts)
 
 
 def cells(found: dict[str, Any]) -> list[str]:
-    """Output error and cosine without and after a fit, for a table."""
-    rows = [found[when] or {} for when in ("without fit", "after fit")]
-    return [_number(row.get(key)) for row in rows for key in ("output_error", "cosine")]
+    """Output error and cosine without a fit and cosine after one, for a table."""
+    before, after = (found[when] or {} for when in ("without fit", "after fit"))
+    return [
+        _number(v)
+        for v in (before.get("output_error"), *(r.get("cosine") for r in (before, after)))
+    ]
 
 
 def _number(value: float | None) -> str:
