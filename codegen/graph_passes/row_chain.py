@@ -1,9 +1,9 @@
-"""Linear layers one behind the other become one kernel where their rows are too many for caches.
+"""Linear layers one behind the other become one kernel where their rows are many.
 
 A chain (codegen/kernels/row_chain.py) is a norm, a linear layer, an activation, a second linear
 layer and an addition, in this order; all but one linear layer may be missing. What lies between
-is read by nothing else. Tensors of few rows stay in the caches from one kernel to the next, so
-nothing would be gained.
+is read by nothing else. Few rows stay in the caches from one kernel to the next, and large weights
+would pass by too often, so neither makes a chain.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from codegen.target import Target
 
 # Bytes of a chain's largest tensor from which the caches do not hold it.
 LARGE = 8 * 1024 * 1024
+# Parts of a core's second-level cache. Several operators are one kernel even of fewer rows if their
+# input is large beside it and their weights are not.
+_PART, _NEAR = 0.5, 1.25
 # How often that tensor is as large as the weights, which pass by once for each block of rows.
 _TIMES = 4
 _NORMS = {"relax.nn.layer_norm": "layer_norm", "relax.nn.rms_norm": "rms_norm"}
@@ -77,13 +80,16 @@ class _Chain:
     rest: list[Any] = field(default_factory=list)
     products: list[Any] = field(default_factory=list)
 
-    def pays(self) -> bool:
-        """Whether its tensors are large, and much larger than its weights."""
+    def pays(self, target: Target) -> bool:
+        """Whether memory or another core's cache is spared by keeping rows where they are."""
         rows, depth = math.prod(_shape(self.x)[:-1]), _shape(self.x)[-1]
         values = rows * max([depth, *(w.shape[0] for w in self.weights)])
-        return 4 * values >= LARGE and values >= _TIMES * sum(
-            math.prod(w.shape) for w in self.weights
-        )
+        weights = sum(math.prod(w.shape) for w in self.weights)
+        if 4 * values >= LARGE and values >= _TIMES * weights:
+            return True
+        several = len(self.layers) == 2 or self.layers[0].norm != ""
+        passed = 4 * rows * depth >= _PART * target.l2_bytes
+        return several and passed and 4 * weights <= _NEAR * target.l2_bytes
 
 
 def _shape(value: Any) -> list[int]:
@@ -136,7 +142,7 @@ class _Finder:
     """The chains of a function."""
 
     def __init__(self, main: Any, target: Target) -> None:
-        self.width = dense.panel_width(target)
+        self.target, self.width = target, dense.panel_width(target)
         graph = _Graph()
         graph.visit_expr(main)
         self.values, self.readers = graph.values, graph.readers
@@ -150,7 +156,9 @@ class _Finder:
             if var in within or self._weight(var) is None:
                 continue
             chain = self._grown(var)
-            if chain.pays() and not (len(chain.layers) == 1 and self._joined(chain.last)):
+            if chain.pays(self.target) and not (
+                len(chain.layers) == 1 and self._joined(chain.last)
+            ):
                 found[chain.last] = chain
                 within.update(chain.products)
         return found

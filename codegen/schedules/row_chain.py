@@ -16,7 +16,8 @@ from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels.attention import facts_of
 from codegen.kernels.row_chain import NAME, ChainFacts, Layer, Tensors, behind
-from codegen.kernels.tiles import ROWS, build, imin, scratch, tile
+from codegen.kernels.tiles import ROWS, build, imin, scratch
+from codegen.kernels.vector_math import f32
 from codegen.rule import Rule
 from codegen.schedules._common import threads
 from codegen.schedules._norm import RowNorm
@@ -24,6 +25,7 @@ from codegen.target import Target
 
 _SHARE = 2  # what lies between the operators of a block takes this part of the second-level cache
 _NORM_ROWS = 4
+_HIGHEST = 12  # rows of a register tile: 24 sums of 32 registers
 
 
 class _Rows:
@@ -48,7 +50,7 @@ class _Chain:
         self.x, *rest, self.out = args
         self.layers = list(zip(facts.layers, facts.split(rest), strict=True))
         self.rows = int(self.x.shape[0])
-        self.height = min(ROWS if target.vector_registers >= 32 else 6, self.rows)
+        self.height = min(_height(self.rows, target), self.rows)
         self.tiles = -(-self.rows // self.height)
         between = sum(_columns(t) for _, t in self.layers[:-1])
         between += sum(int(t.panels.shape[1]) for layer, t in self.layers if layer.norm)
@@ -118,14 +120,32 @@ class _Chain:
             value = behind(value, (row + i, column), layer, tensors.bias, added)
             into.put(row + i, column, value)
 
-        tile(
-            lambda i, k: x(row + i, k),
-            lambda k, j: tensors.panels[p, k, j],
-            depth,
-            put,
-            rows=self.height,
-            width=width,
-        )
+        # A buffer for each row: TVM keeps more than a kilobyte in no register.
+        sums = [scratch(width) for _ in range(self.height)]
+        for held in sums:
+            with T.vectorized(0, width) as j:
+                T.buffer_store(held, f32(0.0), [j])
+        with T.serial(0, depth) as k:
+            for i, held in enumerate(sums):
+                with T.vectorized(0, width) as j:
+                    total = held[j] + x(row + i, k) * tensors.panels[p, k, j]
+                    T.buffer_store(held, total, [j])
+        for i, held in enumerate(sums):
+            with T.vectorized(0, width) as j:
+                put(i, j, held[j])
+
+
+def _height(rows: int, target: Target) -> int:
+    """Rows of a register tile: as many as leave the busiest thread least to do."""
+    if target.vector_registers < 32:
+        return 6
+    workers = threads(target)
+
+    def cost(height: int) -> float:
+        tiles = -(-rows // height)
+        return -(-tiles // workers) * height * (1.0 if height == ROWS else 1.01)
+
+    return min(range(ROWS, _HIGHEST + 1), key=cost)
 
 
 def _columns(tensors: Tensors) -> int:

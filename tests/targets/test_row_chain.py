@@ -49,7 +49,9 @@ def _rules(result: Any) -> list[str]:
     return [k.scheduled_by for k in result.kernels]
 
 
-@pytest.mark.parametrize("shape", [(1, 197), (2, 37), (3, 1), (1, 1), (50,), (1, 9), (2, 3, 8)])
+@pytest.mark.parametrize(
+    "shape", [(1, 197), (2, 37), (3, 1), (1, 1), (50,), (1, 9), (2, 3, 8), (1, 198)]
+)
 def test_any_number_of_rows(always, shape):
     result = check(_Block(), torch.randn(*shape, 32), torch.randn(*shape, 64))
     assert _rules(result) == ["row_chain"] * 3
@@ -128,15 +130,28 @@ def test_a_single_product_keeps_what_follows(always):
     assert "dense" in _rules(check(Model(), torch.randn(1, 19, 32)))
 
 
-def test_only_many_rows_and_float32():
-    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 512), nn.GELU(), nn.Linear(512, 32))
-    many, few = torch.randn(1, 4101, 32), torch.randn(1, 1000, 32)
-    result = check(model, many)
+def _mlp(hidden: int) -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(32), nn.Linear(32, hidden), nn.GELU(), nn.Linear(hidden, 32))
+
+
+def test_hidden_rows_are_not_written():
+    result = check(_mlp(512), torch.randn(1, 4101, 32))
     assert _rules(result) == ["row_chain"]
-    # The hidden rows are never written.
     assert result.memory.activations == 4101 * 32 * 4
-    assert "row_chain" not in _rules(check(model, few))
-    exported = torch.export.export(model.eval(), (many,))
+
+
+@pytest.mark.parametrize(
+    ("rows", "l2", "taken"), [(600, 150_000, True), (500, 150_000, False), (600, 99_999, False)]
+)
+def test_rows_and_weights_decide(rows, l2, taken):
+    target, x = replace(TARGET, l2_bytes=l2), torch.randn(1, rows, 32)
+    assert ("row_chain" in _rules(lowered(_mlp(512), (x,), target))) == taken
+    single = nn.Sequential(nn.Linear(32, 512)).eval()
+    assert "row_chain" not in _rules(lowered(single, (x,), target))
+
+
+def test_only_float32():
+    exported = torch.export.export(_mlp(512).eval(), (torch.randn(1, 5000, 32),))
     halves = lower(to_relax(exported, TARGET), TARGET, precision="bf16")
     assert "row_chain" not in _rules(halves)
 
