@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import sys
 from pathlib import Path
@@ -134,8 +135,10 @@ def _flag(name: str) -> str:
 PAGES = {"forms.md": forms_page, "cli.md": cli_page, **measured_pages()}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Write every page, and the pictures of those made from records."""
+    about = f"Write {', '.join(PAGES)} and their pictures anew in {DOCS}."
+    argparse.ArgumentParser(prog="python -m rewriter.docs", description=about).parse_args(argv)
     for name, page in PAGES.items():
         (DOCS / name).write_text(page())
         sys.stdout.write(f"wrote {DOCS / name}\n")
