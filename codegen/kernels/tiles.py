@@ -18,6 +18,7 @@ from codegen.kernels.vector_math import f32
 from codegen.kernels.views import Viewed
 
 ROWS = 8
+LONGEST = 16  # float32 values of a vector register, on any target
 Value = Callable[[Any, Any], Any]
 
 
@@ -71,6 +72,41 @@ def fill(buffer: Any, rows: int, width: int, value: float = 0.0) -> None:
         T.buffer_store(buffer, f32(value), [i, j])
 
 
+def sums(
+    parts: list[tuple[Any, Value, Value]],
+    *,
+    rows: int,
+    width: int,
+    lanes: int,
+    start: Value | None = None,
+    when: Callable[[Any], Any] | None = None,
+) -> list[Any]:
+    """Vectors of columns [rows, lanes] that hold start(i, j) + the sums of `parts`, in registers.
+
+    A part (n, a, b) is sum_k a(i, k) b(k, j) over k < n; `when(k)` skips a k altogether. TVM keeps
+    a buffer of 1,024 bytes or more on the heap, and LLVM takes a vector apart that is stored as a
+    part of a longer one: so each vector column has a buffer of its own.
+    """
+    acc = [scratch(rows, lanes) for _ in range(0, width, lanes)]
+
+    def each(value: Callable[[Any, Any, Any], Any]) -> None:
+        with T.unroll(0, rows) as i:
+            for n, column in enumerate(acc):
+                with T.vectorized(0, lanes) as j:
+                    T.buffer_store(column, value(column[i, j], i, n * lanes + j), [i, j])
+
+    each(lambda _, i, j: f32(0.0) if start is None else start(i, j))
+    for number, a, b in parts:
+        with T.serial(0, number) as k:
+            step = lambda s, i, j, a=a, b=b, k=k: s + a(i, k) * b(k, j)  # noqa: E731
+            if when is None:
+                each(step)
+            else:
+                with T.If(when(k)), T.Then():
+                    each(step)
+    return acc
+
+
 def tile(
     a: Value,
     b: Value,
@@ -88,23 +124,12 @@ def tile(
     `when(k)` skips a k altogether.
     """
     parts = extents if isinstance(extents, list) else [(extents, a, b)]
-    acc = scratch(rows, width)
-    with T.unroll(0, rows) as i, T.vectorized(0, width) as j:
-        T.buffer_store(acc, f32(0.0) if start is None else start(i, j), [i, j])
-    for number, left, right in parts:
-        with T.serial(0, number) as k:
-            if when is None:
-                _step(acc, left, right, k, rows, width)
-            else:
-                with T.If(when(k)), T.Then():
-                    _step(acc, left, right, k, rows, width)
-    with T.unroll(0, rows) as i, T.vectorized(0, width) as j:
-        put(i, j, acc[i, j])
-
-
-def _step(acc: Any, a: Value, b: Value, k: Any, rows: int, width: int) -> None:
-    with T.unroll(0, rows) as i, T.vectorized(0, width) as j:
-        T.buffer_store(acc, acc[i, j] + a(i, k) * b(k, j), [i, j])
+    lanes = width if width % LONGEST else LONGEST
+    acc = sums(parts, rows=rows, width=width, lanes=lanes, start=start, when=when)
+    with T.unroll(0, rows) as i:
+        for n, column in enumerate(acc):
+            with T.vectorized(0, lanes) as j:
+                put(i, n * lanes + j, column[i, j])
 
 
 def panels(n: int, lanes: int) -> list[tuple[int, int]]:
@@ -116,15 +141,17 @@ def panels(n: int, lanes: int) -> list[tuple[int, int]]:
 
 def fold(acc: Any, lanes: int, op: Callable[[Any, Any], Any]) -> Any:
     """Reduce the `lanes` values of acc[0, :] by halving; returns the result's expression."""
-    # On a copy: an accumulator that is also read in parts would not be kept in a register.
+    # On a copy: an accumulator that is also read in parts would not be kept in a register. A
+    # buffer for each step: LLVM would take one that is written in parts apart, value by value.
     part = scratch(1, lanes)
     with T.vectorized(0, lanes) as j:
         T.buffer_store(part, acc[0, j], [0, j])
     half = lanes // 2
     while half:
+        less = scratch(1, half)
         with T.vectorized(0, half) as j:
-            T.buffer_store(part, op(part[0, j], part[0, half + j]), [0, j])
-        half //= 2
+            T.buffer_store(less, op(part[0, j], part[0, half + j]), [0, j])
+        part, half = less, half // 2
     return part[0, 0]
 
 

@@ -82,11 +82,12 @@ def at_most(x: Any, high: float) -> Any:
     return tirx.Select(x > f32(high), f32(high), x)
 
 
-def horner(x: Any, coefficients: tuple[float, ...]) -> Any:
-    """The polynomial in x with these coefficients, the highest power first."""
-    y = f32(coefficients[0])
-    for c in coefficients[1:]:
-        y = y * x + f32(c)
+def horner(x: Any, coefficients: tuple[float, ...], lanes: int = 1) -> Any:
+    """The polynomial in x (of so many lanes) with these coefficients, the highest power first."""
+    first, *others = (f32(c) if lanes == 1 else tirx.Broadcast(f32(c), lanes) for c in coefficients)
+    y = first
+    for c in others:
+        y = y * x + c
     return y
 
 

@@ -8,13 +8,15 @@ task is then done again with the true maxima (`attention`). All logits are in ba
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels.tiles import fill, fold, reduce_row, scratch, vectors
-from codegen.kernels.vector_math import f32, vexp2_weight
+from codegen.kernels.vector_math import f32
+from codegen.schedules._exp2 import power_of_two
 
 ROOM = 80.0  # sums of 2^80 are far from overflow, values included
 LOW, HIGH = 2.0**-90, 2.0**110  # sums of a row whose small terms were kept, and that is finite
@@ -66,15 +68,18 @@ class Bounded:
 
     def scores(self, b: Any, h: Any, row: Any, number: Any, block: Any) -> None:
         """Exponentials of one block's scores, straight from the register tiles, and their sums."""
-        sc, width = self.kernel.sc, self.kernel.width
+        kernel = self.kernel
+        lanes, power = kernel.lanes, power_of_two(kernel.target)
 
-        def put(i: Any, x: Any, s: Any) -> None:
-            T.buffer_store(sc, s, [i, x])
-            T.buffer_store(sc, vexp2_weight(sc[i, x]), [i, x])
-            lane = x % width
-            T.buffer_store(self.parts, self.parts[i, lane] + sc[i, x], [i, lane])
+        def take(acc: Any, r0: Any, turn: Any) -> None:
+            for i, (n, column) in itertools.product(range(kernel.rows), enumerate(acc)):
+                power(column, i)
+                with T.vectorized(0, lanes) as x:
+                    weight, at = column[i, x], n * lanes + x
+                    T.buffer_store(kernel.sc, weight, [r0 + i, turn * kernel.width + at])
+                    T.buffer_store(self.parts, self.parts[r0 + i, at] + weight, [r0 + i, at])
 
-        self.kernel.each_score(b, h, row, number, block, put, lambda i: self.start[i, 0])
+        kernel.each_tile(b, h, row, number, block, take, lambda i: self.start[i, 0])
 
     def end(self, number: Any) -> None:
         """Sums of the rows, and whether all of them are fine."""

@@ -11,6 +11,7 @@ dealt out small with large, because TVM's threads take equal contiguous shares o
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ from codegen.kernels.tiles import (
     reduce_row,
     scratch,
     store,
+    sums,
     tile,
     up,
     vectors,
@@ -39,27 +41,11 @@ from codegen.rule import Rule
 from codegen.schedules._bounded_softmax import Bounded
 from codegen.schedules._common import threads
 from codegen.schedules._softmax_kernel import written
+from codegen.schedules._tasks import block_panels, most_tiles, tiles_per_task
 from codegen.target import Target
 
 NAME = "attention"
-TILES = 4  # most row tiles of a task
-MOST_KEYS = 512  # of one block
 _LOG2E = 1.4426950408889634
-
-
-def block_panels(total: int, width: int, l1_bytes: int) -> int:
-    """Key panels of one block: two thirds of the cache hold its scores, or its panel of V."""
-    most = max(1, min(MOST_KEYS, l1_bytes * 2 // 3 // (4 * width)) // width)
-    return -(-total // -(-total // most))
-
-
-def tiles_per_task(heads: int, tiles: int, workers: int, most: int = TILES) -> int:
-    """Row tiles of a task: many share what is in the cache, but all threads get as many."""
-
-    def cost(n: int) -> float:
-        return -(-heads * -(-tiles // n) // workers) * n * (1 + 0.04 * (most / n - 1))
-
-    return min(range(1, min(most, tiles) + 1), key=cost)
 
 
 @dataclass
@@ -97,7 +83,9 @@ class _Kernel:
         self.ragged = self.S % self.width != 0
         self.tiles = -(-self.T // self.rows)
         self.block = block_panels(self.panels, self.width, self.target.l1_bytes)
-        self.share = tiles_per_task(self.B * self.H, self.tiles, threads(self.target))
+        heads, workers = self.B * self.H, threads(self.target)
+        most = most_tiles(self.target, windowed=self.facts.window is not None)
+        self.share = tiles_per_task(heads, self.tiles, workers, most)
         self.columns = panels(self.E, self.lanes)
         self.bounded = self.bounded and self.facts.bias != "add"
         # In base 2, but for a bias that is added: the lowest float must not become -inf.
@@ -262,37 +250,48 @@ class _Kernel:
         return imax(imin(self._end(row + t * self.rows), block.last) - block.first, 0)
 
     def _scores(self, b: Any, h: Any, row: Any, number: Any, block: _Block) -> None:
-        put = lambda i, x, s: T.buffer_store(self.sc, s, [i, x])  # noqa: E731
-        self.each_score(b, h, row, number, block, put)
+        def take(acc: Any, r0: Any, turn: Any) -> None:
+            for i, (n, column) in itertools.product(range(self.rows), enumerate(acc)):
+                with T.vectorized(0, self.lanes) as x:
+                    at = [r0 + i, turn * self.width + n * self.lanes + x]
+                    T.buffer_store(self.sc, column[i, x], at)
 
-    def each_score(
-        self, b: Any, h: Any, row: Any, number: Any, block: _Block, put: Any, start: Any = None
+        self.each_tile(b, h, row, number, block, take)
+
+    def each_tile(
+        self, b: Any, h: Any, row: Any, number: Any, block: _Block, take: Any, start: Any = None
     ) -> None:
-        """put(i, x, s): s is start(i) plus row i's score with the block's key x, masked."""
-        bg, rows, width = b * self.G + h // self.group, self.rows, self.width
+        """take(acc, r0, turn): masked scores of a row tile (from r0) with a panel of the block,
+        on top of start(row); `acc` as `tiles.sums` gives it."""
+        bg = b * self.G + h // self.group
         with T.serial(0, block.last - block.first) as turn, T.serial(0, number) as t:
-            p, r0 = block.first + turn, t * rows
+            p, r0 = block.first + turn, t * self.rows
 
             def emit(p: Any = p, r0: Any = r0, turn: Any = turn) -> None:
-                tile(
-                    lambda i, d: self.qs[r0 + i, d],
-                    lambda d, x: self.kp[bg, p, d, x],
-                    self.D,
-                    lambda i, x, s: put(
-                        r0 + i,
-                        turn * width + x,
-                        self.masked(b, h, row + r0 + i, p * width + x, s),
-                    ),
-                    rows=rows,
-                    width=width,
-                    start=None if start is None else lambda i, x: start(r0 + i),
-                )
+                acc = self.products(bg, p, r0, None if start is None else lambda i: start(r0 + i))
+                if self.facts.hides or self.bias is not None or self.limit is not None:
+                    for i, (n, column) in itertools.product(range(self.rows), enumerate(acc)):
+                        with T.vectorized(0, self.lanes) as x:
+                            j = p * self.width + n * self.lanes + x
+                            s = self.masked(b, h, row + r0 + i, j, column[i, x])
+                            T.buffer_store(column, s, [i, x])
+                take(acc, r0, turn)
 
             if self.ahead is None:
                 emit()
             else:
                 with T.If(turn < self.seen_by(row, t, block)), T.Then():
                     emit()
+
+    def products(self, bg: Any, p: Any, r0: Any, start: Any) -> list[Any]:
+        """start(i) + the scores of queries r0 + i of the task with key panel p."""
+        return sums(
+            [(self.D, lambda i, d: self.qs[r0 + i, d], lambda d, x: self.kp[bg, p, d, x])],
+            rows=self.rows,
+            width=self.width,
+            lanes=self.lanes,
+            start=None if start is None else lambda i, x: start(i),
+        )
 
     def masked(self, b: Any, h: Any, i: Any, j: Any, score: Any) -> Any:
         facts, masks = self.facts, []

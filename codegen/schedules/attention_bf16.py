@@ -25,13 +25,12 @@ from codegen.kernels.vector_math import f32
 from codegen.rule import Rule
 from codegen.schedules import _pairs as two
 from codegen.schedules._bounded_softmax import Bounded
-from codegen.schedules._common import threads
 from codegen.schedules._softmax_kernel import written
-from codegen.schedules.attention import _LOG2E, _Block, _Kernel, block_panels, tiles_per_task
+from codegen.schedules._tasks import block_panels
+from codegen.schedules.attention import _LOG2E, _Block, _Kernel
 from codegen.target import Target
 
 NAME = "attention_bf16"
-TILES = 8  # most row tiles of a task: their weights take half of what float32 ones do
 
 
 class _BoundedPairs(Bounded):
@@ -83,9 +82,6 @@ class _Pairs(_Kernel):
         assert self.width == two.CHUNK
         self.depth, self.padded = -(-self.D // 2), up(self.D, two.CHUNK)
         self.block = block_panels(self.panels, self.width, 2 * self.target.l1_bytes)
-        if self.facts.window is None:  # all tiles of a task go through what the first one sees
-            heads, workers = self.B * self.H, threads(self.target)
-            self.share = tiles_per_task(heads, self.tiles, workers, TILES)
 
     def _pack(self) -> None:
         """K [B G, S/width, D/2, width], V [B G, E/width, S/2, width] as pairs; what is hidden."""
@@ -149,44 +145,16 @@ class _Pairs(_Kernel):
             for d in range(0, self.padded // 2, two.LANES):
                 two.put(self.qs, [i, d], two.pairs(query, 0, d))
 
-    def each_tile(
-        self, b: Any, h: Any, row: Any, number: Any, block: _Block, take: Any, start: Any = None
-    ) -> None:
-        """take(acc, r0, turn): masked scores of a row tile (from r0) with a panel of the block."""
-        bg = b * self.G + h // self.group
-        with T.serial(0, block.last - block.first) as turn, T.serial(0, number) as t:
-            p, r0 = block.first + turn, t * self.rows
-
-            def emit(p: Any = p, r0: Any = r0, turn: Any = turn) -> None:
-                acc = two.pair_tile(
-                    lambda i, d: self.qs[r0 + i, d],
-                    lambda d, x: two.pairs(self.kp, bg, p, d, x),
-                    self.depth,
-                    rows=self.rows,
-                    width=self.width,
-                    start=None if start is None else lambda i: start(r0 + i),
-                )
-                if self.facts.hides or self.bias is not None or self.limit is not None:
-                    for i, (n, column) in itertools.product(range(self.rows), enumerate(acc)):
-                        with T.vectorized(0, two.LANES) as x:
-                            j = p * self.width + n * two.LANES + x
-                            s = self.masked(b, h, row + r0 + i, j, column[i, x])
-                            T.buffer_store(column, s, [i, x])
-                take(acc, r0, turn)
-
-            if self.ahead is None:
-                emit()
-            else:
-                with T.If(turn < self.seen_by(row, t, block)), T.Then():
-                    emit()
-
-    def _scores(self, b: Any, h: Any, row: Any, number: Any, block: _Block) -> None:
-        def take(acc: Any, r0: Any, turn: Any) -> None:
-            for i, (n, column) in itertools.product(range(self.rows), enumerate(acc)):
-                at = [r0 + i, turn * self.width + n * two.LANES]
-                two.put(self.sc, at, two.floats(column, i, 0))
-
-        self.each_tile(b, h, row, number, block, take)
+    def products(self, bg: Any, p: Any, r0: Any, start: Any) -> list[Any]:
+        """start(i) + the scores of queries r0 + i of the task with key panel p."""
+        return two.pair_tile(
+            lambda i, d: self.qs[r0 + i, d],
+            lambda d, x: two.pairs(self.kp, bg, p, d, x),
+            self.depth,
+            rows=self.rows,
+            width=self.width,
+            start=start,
+        )
 
     def _softmax(self, row: Any, number: Any, block: _Block) -> None:
         """Weights of one row's scores as pairs, its maximum and sum, how far old ones fade."""

@@ -37,7 +37,7 @@ from codegen.kernels.tiles import (
 from codegen.kernels.vector_math import at_least, f32, vexp
 from codegen.rule import Rule
 from codegen.schedules._common import threads
-from codegen.schedules.attention import tiles_per_task
+from codegen.schedules._tasks import tiles_per_task
 from codegen.target import Target
 from passes.forms._table import LOWEST, TINY
 

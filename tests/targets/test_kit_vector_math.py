@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 import tvm
 from tvm import te
+from tvm.tirx.script.builder import ir as T
 
 from codegen.kernels import vector_math
-from codegen.target import target_named
+from codegen.kernels.tiles import build, scratch
+from codegen.schedules._exp2 import power_of_two
+from codegen.target import Target, target_named
 
 
 def run(f: Callable[[Any], Any], x: np.ndarray) -> np.ndarray:
@@ -77,3 +81,41 @@ def test_ends() -> None:
         y = run(f, x)
         assert np.isnan(y[0])
         assert list(y[1:4]) == pytest.approx([1, -1, 0], abs=2e-7)
+
+
+def powers(x: np.ndarray, target: Target) -> np.ndarray:
+    """2^x by vectors of the target."""
+    rows = x.reshape(-1, target.lanes)
+    a = te.placeholder(rows.shape, name="a")
+    func = te.create_prim_func([a, te.compute(rows.shape, lambda *i: a[i], name="b")])
+
+    def body(given: Any, out: Any) -> None:
+        with T.serial(0, len(rows)) as i:
+            row = scratch(1, target.lanes)
+            with T.vectorized(0, target.lanes) as j:
+                T.buffer_store(row, given[i, j], [0, j])
+            power_of_two(target)(row, 0)
+            with T.vectorized(0, target.lanes) as j:
+                T.buffer_store(out, row[0, j], [i, j])
+
+    mod = tvm.IRModule({"main": build(func, body)})
+    lib = tvm.compile(mod, target=tvm.target.Target(dict(target.tvm)))
+    out = tvm.runtime.tensor(np.full(rows.shape, np.nan, "float32"))
+    lib["main"](tvm.runtime.tensor(rows), out)
+    return out.numpy().ravel()
+
+
+@pytest.mark.parametrize("features", [None, ()])
+def test_powers_of_two_in_place(features: tuple[str, ...] | None) -> None:
+    """By the instructions of AVX-512, where there are any, and by arithmetic."""
+    target = target_named("cpu")
+    if features is not None:
+        target = dataclasses.replace(target, features=features)
+    ends = np.array([np.nan, -np.inf, -160, -1e38, 0, 1, -1, 100] * 2, "float32")
+    x = np.append(sample(-126.0, 126.0), ends)
+    y = powers(x, target)
+    want = np.exp2(x[:-16].astype("float64"))
+    assert np.all(np.abs(y[:-16] - want) <= 2e-7 * want)
+    assert np.isnan(y[-16])
+    assert list(y[-15:-9]) == [0, 0, 0, 1, 2, 0.5]
+    assert y[-9] == np.float32(2.0**100)
